@@ -1,0 +1,305 @@
+"""Artifacts: what a manifest says, and how one is written and read block by block.
+
+An artifact is its manifest: the list of its tensors, masks and files, each pointing at blobs. The artifact's id is
+the SHA-256 of that manifest, so it depends on content alone. Nothing about how, when or where it was made is in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from .digests import Buffer, canonical_json
+from .errors import DamagedBlob
+from .tensors import TensorBytes, decode, encode_header, from_torch, to_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from .store import Store
+
+Kind = Literal["checkpoint", "adapter", "tokens", "statistics", "metrics"]
+
+# A tensor of this many bytes or more is a blob of its own; smaller ones of a block share one.
+OWN_BLOB_BYTES = 64 * 1024
+# The name that every tensor with a blob of its own has inside that blob.
+LONE_NAME = "tensor"
+
+_THREADS = min(4, (os.cpu_count() or 1) + 1)
+
+
+class Artifact(NamedTuple):
+    """A reference to an artifact: all that stages pass to each other."""
+
+    kind: Kind
+    id: str
+
+    @property
+    def short(self) -> str:
+        return self.id[:12]
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor is: its dtype code and shape, its blob, and its name inside that blob."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blob: str
+    name: str
+
+
+class Written(NamedTuple):
+    """What `ArtifactWriter` has put into the store: entries and the sizes of their blobs."""
+
+    tensors: dict[str, TensorEntry]
+    blobs: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of an artifact.
+
+    tensors: by the name that Hugging Face gives them. masks: bit-packed uint8 along the input dimension, a one for
+    each weight kept, under the name of the weight they belong to; never exported. files: config.json, tokenizer.json ….
+    blobs: every blob used, with its size in bytes. format: "dense", or the packed format of the tensors
+    ("gptq", "bitsandbytes"). quantization: that format's settings. base: the artifact that an adapter belongs to.
+    """
+
+    kind: Kind
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    masks: Mapping[str, TensorEntry] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    blobs: Mapping[str, int] = field(default_factory=dict)
+    format: str = "dense"
+    quantization: Mapping[str, Any] | None = None
+    base: str | None = None
+
+    def to_json(self) -> bytes:
+        """The bytes whose SHA-256 is the artifact's id."""
+        return canonical_json(
+            {
+                "kind": self.kind,
+                "tensors": {name: _entry_to_json(entry) for name, entry in self.tensors.items()},
+                "masks": {name: _entry_to_json(entry) for name, entry in self.masks.items()},
+                "files": dict(self.files),
+                "blobs": dict(self.blobs),
+                "format": self.format,
+                "quantization": None if self.quantization is None else dict(self.quantization),
+                "base": self.base,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Manifest:
+        return cls(
+            kind=value["kind"],
+            tensors={name: _entry_from_json(entry) for name, entry in value["tensors"].items()},
+            masks={name: _entry_from_json(entry) for name, entry in value["masks"].items()},
+            files=value["files"],
+            blobs=value["blobs"],
+            format=value["format"],
+            quantization=value["quantization"],
+            base=value["base"],
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of all its blobs, masks included."""
+        return sum(self.blobs.values())
+
+
+def _entry_to_json(entry: TensorEntry) -> list[Any]:
+    return [entry.dtype, list(entry.shape), entry.blob, entry.name]
+
+
+def _entry_from_json(value: list[Any]) -> TensorEntry:
+    return TensorEntry(value[0], tuple(value[1]), value[2], value[3])
+
+
+class ArtifactWriter:
+    """Writes an artifact piece by piece; nothing of it is visible before `publish`.
+
+    Blobs are hashed and written by a few threads while the caller computes on. At most one block's tensors
+    wait in memory: `add_tensors` first waits for what the call before it has left to write.
+    """
+
+    def __init__(self, store: Store, kind: Kind) -> None:
+        self._store = store
+        self._kind: Kind = kind
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="blob-writer")
+        self._pending: list[Future[Written]] = []
+        self._tensors: dict[str, TensorEntry] = {}
+        self._masks: dict[str, TensorEntry] = {}
+        self._files: dict[str, str] = {}
+        self._blobs: dict[str, int] = {}
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def add_tensors(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Store tensors. `prefix` is their block's ("model.layers.3."): its small ones share a blob, named without it."""
+        self._settle()
+        self._pending = self._submit({name: from_torch(tensor) for name, tensor in tensors.items()}, prefix)
+
+    def add_masks(self, masks: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Store boolean masks, [out_features, in_features], under the names of the weights they belong to."""
+        packed = {name: from_torch(pack_mask(mask)) for name, mask in masks.items()}
+        for future in self._submit(packed, prefix):
+            written = future.result()
+            self._masks.update(written.tensors)
+            self._blobs.update(written.blobs)
+
+    def share(self, source: Manifest, names: Iterable[str]) -> None:
+        """Take over tensors of another artifact as they are: no bytes are read or written."""
+        for name in names:
+            self._tensors[name] = entry = source.tensors[name]
+            self._blobs[entry.blob] = source.blobs[entry.blob]
+
+    def share_masks(self, source: Manifest) -> None:
+        """Take over another artifact's masks."""
+        for name, entry in source.masks.items():
+            self._masks[name] = entry
+            self._blobs[entry.blob] = source.blobs[entry.blob]
+
+    def share_files(self, source: Manifest) -> None:
+        """Take over another artifact's files."""
+        for name, blob in source.files.items():
+            self._files[name] = blob
+            self._blobs[blob] = source.blobs[blob]
+
+    def add_file(self, name: str, data: Buffer) -> None:
+        """Store a small file; one of the same name is replaced."""
+        blob, size = self._store.put_blob([data])
+        self._files[name] = blob
+        self._blobs[blob] = size
+
+    def publish(
+        self, *, format: str = "dense", quantization: Mapping[str, Any] | None = None, base: str | None = None
+    ) -> Artifact:
+        """Make the artifact visible, when all its blobs are safely written. Returns its reference."""
+        self._settle()
+        used = {entry.blob for entry in (*self._tensors.values(), *self._masks.values())} | set(self._files.values())
+        manifest = Manifest(
+            kind=self._kind,
+            tensors=self._tensors,
+            masks=self._masks,
+            files=self._files,
+            blobs={blob: size for blob, size in self._blobs.items() if blob in used},
+            format=format,
+            quantization=quantization,
+            base=base,
+        )
+        return self._store.put_manifest(manifest)
+
+    def _settle(self) -> None:
+        for future in self._pending:
+            written = future.result()
+            self._tensors.update(written.tensors)
+            self._blobs.update(written.blobs)
+        self._pending = []
+
+    def _submit(self, tensors: Mapping[str, TensorBytes], prefix: str) -> list[Future[Written]]:
+        small: dict[str, TensorBytes] = {}
+        futures = []
+        for name, tensor in tensors.items():
+            if len(tensor.data) >= OWN_BLOB_BYTES:
+                futures.append(self._pool.submit(self._put, {LONE_NAME: tensor}, [name]))
+            else:
+                small[name] = tensor
+        if small:
+            names = sorted(small)
+            relative = {name.removeprefix(prefix): small[name] for name in names}
+            futures.append(self._pool.submit(self._put, relative, names))
+        return futures
+
+    def _put(self, tensors: Mapping[str, TensorBytes], names: Sequence[str]) -> Written:
+        header = encode_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+        blob, size = self._store.put_blob([header, *(tensor.data for tensor in tensors.values())])
+        entries = {
+            full_name: TensorEntry(tensor.dtype, tensor.shape, blob, name)
+            for full_name, (name, tensor) in zip(names, tensors.items(), strict=True)
+        }
+        return Written(entries, {blob: size})
+
+
+class ArtifactReader:
+    """Reads an artifact's tensors and files, each blob verified at its first read.
+
+    `prefetch` starts reading and hashing in the background, ahead of the block that needs it.
+    """
+
+    def __init__(self, store: Store, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.manifest = store.manifest(artifact)
+        self._store = store
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="blob-reader")
+        self._coming: dict[str, Future[memoryview]] = {}
+
+    def __enter__(self) -> ArtifactReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read the named tensors; a later `tensors` call takes them from here."""
+        for name in names:
+            self._begin(self.manifest.tensors[name].blob)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, on the CPU, in memory of their own. Raises DamagedBlob."""
+        return self._read(self.manifest.tensors, names)
+
+    def masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Boolean masks (True: kept) for those weights {name: [out_features, in_features]} that have one."""
+        wanted = [name for name in shapes if name in self.manifest.masks]
+        packed = self._read(self.manifest.masks, wanted)
+        return {name: unpack_mask(mask, shapes[name]) for name, mask in packed.items()}
+
+    def file(self, name: str) -> bytes:
+        """The content of a file. Raises KeyError when the artifact has none of that name."""
+        return bytes(self._store.read_blob(self.manifest.files[name]))
+
+    def _begin(self, blob: str) -> Future[memoryview]:
+        if blob not in self._coming:
+            self._coming[blob] = self._pool.submit(self._store.read_blob, blob)
+        return self._coming[blob]
+
+    def _read(self, entries: Mapping[str, TensorEntry], names: Iterable[str]) -> dict[str, torch.Tensor]:
+        wanted = [(name, entries[name]) for name in names]
+        for _, entry in wanted:
+            self._begin(entry.blob)
+        decoded: dict[str, dict[str, TensorBytes]] = {}
+        result = {}
+        for name, entry in wanted:
+            if entry.blob not in decoded:
+                decoded[entry.blob] = decode(self._coming.pop(entry.blob).result(), f"blob {entry.blob}")
+            tensor = decoded[entry.blob].get(entry.name)
+            if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
+                raise DamagedBlob(f"blob {entry.blob} does not hold the tensor that the manifest promises for {name}")
+            result[name] = to_torch(tensor)
+        return result
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean mask [rows, columns] as uint8 [rows, ceil(columns / 8)], the first column in the highest bit."""
+    import torch
+
+    rows, columns = mask.shape
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).reshape(rows, -1, 8)
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `pack_mask` for a mask of `shape`."""
+    import torch
+
+    shifts = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.reshape(packed.shape[0], -1)[:, : shape[1]].to(torch.bool)

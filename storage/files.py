@@ -1,0 +1,258 @@
+"""The seam under the store: read, size, list, create-if-absent, replace, move, delete.
+
+Two implementations of the same six calls. `LocalFiles` uses plain `os` calls: a file appears under its name
+whole or not at all, and after `sync()` it survives a power cut. `FsspecFiles` serves `s3://`, `gs://`, `memory://` …
+with fsspec's listing cache off, since with it on another client's new object is not seen.
+Paths are relative to the store's root, with forward slashes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .digests import Buffer, total_bytes
+from .errors import StoreError, write_error
+
+
+class Files(Protocol):
+    """What the store needs of the place where it lives."""
+
+    url: str
+
+    def read(self, path: str) -> memoryview:
+        """The whole file, in a writable buffer of its own. Raises FileNotFoundError."""
+        ...
+
+    def size(self, path: str) -> int | None:
+        """Bytes of the file, None when it isn't there."""
+        ...
+
+    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Every file below `folder` with its size in bytes, in any order."""
+        ...
+
+    def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
+        """Write the file if it isn't there. False when another one is there already, which then stays."""
+        ...
+
+    def replace(self, path: str, buffers: Sequence[Buffer]) -> None:
+        """Write the file, over an older one if need be."""
+        ...
+
+    def move(self, path: str, target: str) -> None: ...
+
+    def delete(self, path: str) -> None: ...
+
+    def sync(self) -> None:
+        """Returns when everything written so far survives a power cut."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Space left, None where nobody knows."""
+        ...
+
+
+def open_files(url: str) -> Files:
+    """The files at a store URL: a folder, or anything fsspec has a driver for."""
+    if "://" not in url or url.startswith("file://"):
+        return LocalFiles(url.removeprefix("file://"))
+    return FsspecFiles(url)
+
+
+class LocalFiles:
+    """A folder. Files are written under a temporary name, fsynced, then linked or renamed into place."""
+
+    def __init__(self, folder: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(folder))
+        self.url = self.root
+        self._lock = threading.Lock()
+        self._unsynced: set[str] = set()
+
+    def read(self, path: str) -> memoryview:
+        with open(self._full(path), "rb", buffering=0) as file:
+            data = memoryview(np.empty(os.fstat(file.fileno()).st_size, np.uint8)).cast("B")
+            done = 0
+            while done < len(data):
+                count = file.readinto(data[done:])
+                if not count:
+                    raise StoreError(f"{self._full(path)} became shorter while it was read")
+                done += count
+        return data
+
+    def size(self, path: str) -> int | None:
+        try:
+            return os.stat(self._full(path)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+        for parent, _, names in os.walk(self._full(folder)):
+            for name in names:
+                full = os.path.join(parent, name)
+                try:
+                    size = os.stat(full).st_size
+                except FileNotFoundError:  # deleted since it was listed
+                    continue
+                yield os.path.relpath(full, self.root).replace(os.sep, "/"), size
+
+    def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
+        full = self._full(path)
+        temporary = self._write_temporary(full, buffers)
+        try:
+            os.link(temporary, full)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise StoreError(
+                    f"the file system under {self.root} has no hard links, which the store needs to publish safely; "
+                    "put the store on another one (--store or COLDPRESS_STORE)"
+                ) from error
+            raise write_error(full, error) from error
+        finally:
+            os.unlink(temporary)
+        self._note(os.path.dirname(full))
+        return True
+
+    def replace(self, path: str, buffers: Sequence[Buffer]) -> None:
+        full = self._full(path)
+        temporary = self._write_temporary(full, buffers)
+        try:
+            os.replace(temporary, full)
+        except OSError as error:
+            os.unlink(temporary)
+            raise write_error(full, error) from error
+        self._note(os.path.dirname(full))
+
+    def move(self, path: str, target: str) -> None:
+        self._make_folder(os.path.dirname(self._full(target)))
+        os.replace(self._full(path), self._full(target))
+        self._note(os.path.dirname(self._full(path)))
+        self._note(os.path.dirname(self._full(target)))
+
+    def delete(self, path: str) -> None:
+        os.unlink(self._full(path))
+        self._note(os.path.dirname(self._full(path)))
+
+    def sync(self) -> None:
+        with self._lock:
+            folders, self._unsynced = self._unsynced, set()
+        for folder in folders:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def free_bytes(self) -> int | None:
+        folder = self.root
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self.root, path)
+
+    def _note(self, folder: str) -> None:
+        with self._lock:
+            self._unsynced.add(folder)
+
+    def _make_folder(self, folder: str) -> None:
+        if os.path.isdir(folder):
+            return
+        try:
+            parent = os.path.dirname(folder)
+            self._make_folder(parent)
+            os.makedirs(folder, exist_ok=True)
+            self._note(parent)
+        except OSError as error:
+            raise write_error(folder, error) from error
+
+    def _write_temporary(self, full: str, buffers: Sequence[Buffer]) -> str:
+        self._make_folder(os.path.dirname(full))
+        self._make_folder(os.path.join(self.root, "tmp"))
+        temporary = os.path.join(self.root, "tmp", uuid.uuid4().hex)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                for buffer in buffers:
+                    view = memoryview(buffer).cast("B")
+                    while len(view):
+                        view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise write_error(full, error) from error
+        return temporary
+
+
+class FsspecFiles:
+    """Any fsspec file system that can write an object in one go (and, for `create`, only if it isn't there)."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        protocol = url.split("://", 1)[0]
+        try:
+            # the options of a protocol (endpoint, credentials) come from fsspec's own configuration and environment
+            self._fs: Any = fsspec.filesystem(protocol, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"the store {url} needs a driver that is not installed: {error}") from error
+        self._root = self._fs._strip_protocol(self.url).rstrip("/")
+
+    def read(self, path: str) -> memoryview:
+        return memoryview(bytearray(self._fs.cat_file(self._full(path))))
+
+    def size(self, path: str) -> int | None:
+        try:
+            return int(self._fs.info(self._full(path))["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+        try:
+            found = self._fs.find(self._full(folder), detail=True)
+        except FileNotFoundError:
+            return
+        for name, entry in found.items():
+            yield name[len(self._root) + 1 :], int(entry["size"])
+
+    def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
+        try:
+            self._fs.pipe_file(self._full(path), b"".join(buffers), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, path: str, buffers: Sequence[Buffer]) -> None:
+        self._fs.pipe_file(self._full(path), b"".join(buffers), mode="overwrite")
+
+    def move(self, path: str, target: str) -> None:
+        self._fs.mv(self._full(path), self._full(target))
+
+    def delete(self, path: str) -> None:
+        self._fs.rm_file(self._full(path))
+
+    def sync(self) -> None:
+        """Objects are durable once written."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+
+__all__ = ["Files", "FsspecFiles", "LocalFiles", "open_files", "total_bytes"]

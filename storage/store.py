@@ -1,0 +1,279 @@
+"""`Store`: the one way to what coldpress keeps.
+
+    blobs/sha256/ab/cdef…       immutable content
+    artifacts/sha256/ab/cdef…   manifests
+    actions/<stage>/<key>       key -> artifact, with the key's whole pre-image and provenance
+    refs/<name>                 names for people: "recipe/stage"
+    runs/<id>                   a recipe as it was run
+    damaged/                    what failed verification, moved aside
+    tmp/                        files not yet published
+
+Publishing goes in an order that never shows a half: blobs, then the manifest, then the action. A hit is believed
+only when the manifest and every blob are there in full length; content is hashed at its first read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from .artifacts import Artifact, Manifest
+from .digests import Buffer, digest_of, seal, sha256, total_bytes, unseal
+from .errors import DamagedBlob, StoreError
+from .files import Files, open_files
+
+
+@dataclass(frozen=True)
+class Action:
+    """The record that a key gave an artifact.
+
+    stage: "quantize/gptq". key: SHA-256 of the pre-image. preimage: everything the result depends on.
+    provenance: how it came about (seconds, peak memory, versions …), which never influences a key or an id.
+    """
+
+    stage: str
+    key: str
+    artifact: Artifact
+    preimage: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+class Store:
+    """A content-addressed store at a folder or any fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        self.files: Files = open_files(url)
+        self.url = self.files.url
+        self._verified: set[str] = set()
+        self._present: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def default(cls) -> Store:
+        """The store of `$COLDPRESS_STORE`, or `.coldpress/` in the working directory."""
+        return cls(os.environ.get("COLDPRESS_STORE") or ".coldpress")
+
+    # Blobs
+
+    def put_blob(self, buffers: Sequence[Buffer]) -> tuple[str, int]:
+        """Store content; returns its SHA-256 and its size in bytes. What is there already is not written again."""
+        blob, size = sha256(*buffers), total_bytes(buffers)
+        if self._size(blob) != size:
+            path = blob_path(blob)
+            if not self.files.create(path, buffers) and self.files.size(path) != size:
+                self._set_aside(blob)  # cut short by a power failure
+                self.files.create(path, buffers)
+            with self._lock:
+                self._present[blob] = size
+                self._verified.add(blob)
+        return blob, size
+
+    def read_blob(self, blob: str) -> memoryview:
+        """A blob's content, hashed at its first read by this `Store`.
+
+        Raises DamagedBlob when it is missing or does not hash to its name; a damaged one is moved aside, so that
+        the stage that made it counts as not cached and is computed again.
+        """
+        try:
+            data = self.files.read(blob_path(blob))
+        except FileNotFoundError as error:
+            self._forget(blob)
+            raise DamagedBlob(
+                f"blob {blob} is missing from {self.url}; run the recipe again, it recomputes what is gone"
+            ) from error
+        if blob not in self._verified:
+            if sha256(data) != blob:
+                self._set_aside(blob)
+                raise DamagedBlob(
+                    f"blob {blob} in {self.url} was damaged (its bytes don't hash to its name) and has been moved to "
+                    "damaged/; run the recipe again, it recomputes what is gone"
+                )
+            with self._lock:
+                self._verified.add(blob)
+        return data
+
+    def missing_blobs(self, blobs: Mapping[str, int]) -> list[str]:
+        """Those of the blobs {digest: bytes} that aren't there in full length."""
+        unknown = [(blob, size) for blob, size in blobs.items() if self._present.get(blob) != size]
+        if not unknown:
+            return []
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(lambda entry: self._size(entry[0]), unknown))
+        return [blob for (blob, size), found in zip(unknown, sizes, strict=True) if found != size]
+
+    def _size(self, blob: str) -> int | None:
+        size = self.files.size(blob_path(blob))
+        if size is not None:
+            with self._lock:
+                self._present[blob] = size
+        return size
+
+    def _forget(self, blob: str) -> None:
+        with self._lock:
+            self._present.pop(blob, None)
+            self._verified.discard(blob)
+
+    def _set_aside(self, blob: str) -> None:
+        self._forget(blob)
+        self.files.move(blob_path(blob), f"damaged/{blob}-{time.time_ns():x}")
+
+    # Artifacts
+
+    def put_manifest(self, manifest: Manifest) -> Artifact:
+        """Publish an artifact whose blobs are all written. Raises StoreError if one of them has gone."""
+        missing = self.missing_blobs(manifest.blobs)
+        if missing:
+            raise StoreError(f"{len(missing)} blobs vanished from {self.url} while they were written ({missing[0]} …)")
+        self.files.sync()
+        data = manifest.to_json()
+        artifact = Artifact(manifest.kind, sha256(data))
+        path = artifact_path(artifact.id)
+        if not self.files.create(path, [data]) and bytes(self.files.read(path)) != data:
+            self.files.replace(path, [data])
+        self.files.sync()
+        return artifact
+
+    def manifest(self, artifact: Artifact | str) -> Manifest:
+        """The manifest of an artifact. Raises DamagedBlob when it is missing or damaged."""
+        artifact_id = artifact if isinstance(artifact, str) else artifact.id
+        try:
+            data = self.files.read(artifact_path(artifact_id))
+        except FileNotFoundError as error:
+            raise DamagedBlob(f"artifact {artifact_id} is not in {self.url}") from error
+        if sha256(data) != artifact_id:
+            raise DamagedBlob(f"the manifest of artifact {artifact_id} in {self.url} is damaged")
+        return Manifest.from_json(json.loads(bytes(data)))
+
+    def holds(self, artifact: Artifact) -> bool:
+        """Whether the artifact's manifest is whole and all its blobs are there in full length."""
+        try:
+            manifest = self.manifest(artifact)
+        except DamagedBlob:
+            return False
+        return not self.missing_blobs(manifest.blobs)
+
+    def read_file(self, artifact: Artifact, name: str) -> bytes:
+        """One of the artifact's files. Raises KeyError when it has none of that name."""
+        return bytes(self.read_blob(self.manifest(artifact).files[name]))
+
+    def artifact_ids(self) -> Iterator[str]:
+        """The ids of all artifacts."""
+        for path, _ in self.files.list("artifacts/sha256"):
+            yield "".join(path.split("/")[-2:])
+
+    # Actions
+
+    def lookup(self, stage: str, key: str) -> Action | None:
+        """The action of a key if its artifact is proven to be there, else None."""
+        try:
+            action = self.action(stage, key)
+        except (FileNotFoundError, DamagedBlob):
+            return None
+        return action if self.holds(action.artifact) else None
+
+    def action(self, stage: str, key: str) -> Action:
+        """The recorded action, whether or not its artifact is still whole. Raises FileNotFoundError, DamagedBlob."""
+        path = action_path(stage, key)
+        record = unseal(self.files.read(path), f"{self.url}/{path}")
+        kind, artifact_id = record["artifact"]
+        return Action(stage, key, Artifact(kind, artifact_id), record["preimage"], record["provenance"])
+
+    def record(self, action: Action) -> Action:
+        """Publish an action; returns the one that counts. The first for a key wins while its artifact is whole."""
+        assert digest_of(action.preimage) == action.key
+        data = [
+            seal({"artifact": list(action.artifact), "preimage": action.preimage, "provenance": action.provenance})
+        ]
+        path = action_path(action.stage, action.key)
+        if not self.files.create(path, data):
+            standing = self.lookup(action.stage, action.key)
+            if standing is not None:
+                return standing
+            self.files.replace(path, data)
+        self.files.sync()
+        return action
+
+    def actions(self, stage: str = "") -> Iterator[Action]:
+        """All actions that can be read, of one stage ("prune/wanda") or of all."""
+        for path, _ in self.files.list(f"actions/{stage}".rstrip("/")):
+            _, *names, key = path.split("/")
+            try:
+                yield self.action("/".join(names), key)
+            except (FileNotFoundError, DamagedBlob):
+                continue  # `verify` reports these
+
+    # Refs and runs
+
+    def set_ref(self, name: str, artifact: Artifact) -> None:
+        """Point a name for people at an artifact."""
+        path = f"refs/{name}"
+        record = {"artifact": list(artifact)}
+        try:
+            if unseal(self.files.read(path), path) == record:
+                return
+        except (FileNotFoundError, DamagedBlob):
+            pass
+        self.files.replace(path, [seal(record)])
+
+    def refs(self) -> dict[str, Artifact]:
+        """All names that can be read, with what they point at."""
+        found = {}
+        for path, _ in self.files.list("refs"):
+            try:
+                kind, artifact_id = unseal(self.files.read(path), path)["artifact"]
+            except (FileNotFoundError, DamagedBlob):
+                continue
+            found[path.removeprefix("refs/")] = Artifact(kind, artifact_id)
+        return found
+
+    def resolve(self, name: str) -> Artifact:
+        """The artifact of a ref, an id, or the unique beginning of an id. Raises StoreError."""
+        refs = self.refs()
+        if name in refs:
+            return refs[name]
+        ids = [artifact_id for artifact_id in self.artifact_ids() if artifact_id.startswith(name)] if name else []
+        if len(ids) == 1:
+            return Artifact(self.manifest(ids[0]).kind, ids[0])
+        if ids:
+            raise StoreError(f"'{name}' fits {len(ids)} artifacts in {self.url}; write more of its digits")
+        import difflib
+
+        close = difflib.get_close_matches(name, refs, 1)
+        hint = f"did you mean '{close[0]}'?" if close else "`coldpress ls` shows what is there"
+        raise StoreError(f"nothing in {self.url} is called '{name}'; {hint}")
+
+    def save_run(self, run_id: str, record: dict[str, Any]) -> None:
+        """Keep what a run did."""
+        self.files.replace(f"runs/{run_id}", [seal(record)])
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """All runs that can be read, oldest first."""
+        found = {}
+        for path in sorted(path for path, _ in self.files.list("runs")):
+            try:
+                found[path.removeprefix("runs/")] = unseal(self.files.read(path), path)
+            except (FileNotFoundError, DamagedBlob):
+                continue
+        return found
+
+
+def blob_path(blob: str) -> str:
+    """Where a blob is, relative to the store."""
+    return f"blobs/sha256/{blob[:2]}/{blob[2:]}"
+
+
+def artifact_path(artifact_id: str) -> str:
+    """Where a manifest is, relative to the store."""
+    return f"artifacts/sha256/{artifact_id[:2]}/{artifact_id[2:]}"
+
+
+def action_path(stage: str, key: str) -> str:
+    """Where an action is, relative to the store."""
+    return f"actions/{stage}/{key}"
+

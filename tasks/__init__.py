@@ -1,0 +1,16 @@
+"""What the work is: one folder for each family of stages.
+
+- `stage.py`          what a stage is: parameters, inputs, key; running one
+- `catalogue.py`      the list of all stages
+- `architectures.py`  all that is particular to a model family
+- `blocks.py`         the one block-by-block loop that layer-wise methods share
+- `formats.py`        stored tensors <-> dense weights, for dense and packed checkpoints
+- `sources/`          models and token sets in
+- `pruning/`          criteria (maths) and the stage around them
+- `quantization/`     GPTQ and NF4
+- `evaluation/`       perplexity, size, bits per weight, sparsity
+- `reporting/`        the table and the page over all variants
+
+Modules that the catalogue imports (everything but the work itself) import torch inside functions only, so that
+planning and cached runs never load it.
+"""

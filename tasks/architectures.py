@@ -1,0 +1,169 @@
+"""All that differs between model families, in one place. Nothing here needs torch.
+
+A family says where its blocks are, what each linear layer in them is for and which of them read the same input, and
+how checkpoint files name things. `family_of(config)` refuses what is not listed in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..storage.errors import ColdpressError
+
+
+class UnsupportedModel(ColdpressError):
+    """A model whose architecture coldpress doesn't know."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block.
+
+    name: relative to the block. reads: what its input is; layers with the same word read the very same tensor, so
+    they share one statistic. inputs, outputs: its dimensions, as words that `dimension` turns into numbers.
+    """
+
+    name: str
+    reads: str
+    inputs: str
+    outputs: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of decoders is laid out.
+
+    blocks: prefix of the blocks' parameters, without the number. linears: in the order in which a forward pass
+    meets them. width: the config's name for the FFN width. renamed: parameter name -> name in checkpoint files.
+    not_weights: endings of entries in old checkpoint files that are no parameters.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    linears: tuple[Linear, ...]
+    width: str = "intermediate_size"
+    renamed: tuple[tuple[str, str], ...] = ()
+    not_weights: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def block_prefix(self, index: int) -> str:
+        """ "model.layers.3." """
+        return f"{self.blocks}.{index}."
+
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a tensor belongs to, None for those outside the blocks."""
+        prefix = self.blocks + "."
+        if not name.startswith(prefix):
+            return None
+        return int(name[len(prefix) :].split(".", 1)[0])
+
+    def file_name(self, parameter: str) -> str:
+        """The name in checkpoint files of a parameter of the `transformers` model."""
+        return dict(self.renamed).get(parameter, parameter)
+
+    def linear_weights(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """{weight name relative to the block: (out_features, in_features)}."""
+        return {
+            f"{linear.name}.weight": (dimension(config, linear.outputs, self), dimension(config, linear.inputs, self))
+            for linear in self.linears
+        }
+
+
+# q, k, v, o and a gated FFN: what Llama and most of its relatives have in a block.
+GATED = (
+    Linear("self_attn.q_proj", "attention input", "hidden", "query"),
+    Linear("self_attn.k_proj", "attention input", "hidden", "key"),
+    Linear("self_attn.v_proj", "attention input", "hidden", "key"),
+    Linear("self_attn.o_proj", "attention output", "query", "hidden"),
+    Linear("mlp.gate_proj", "mlp input", "hidden", "width"),
+    Linear("mlp.up_proj", "mlp input", "hidden", "width"),
+    Linear("mlp.down_proj", "mlp activation", "width", "hidden"),
+)
+
+FAMILIES = (
+    Family("Llama", ("llama",), "model.layers", GATED),
+    Family("Mistral", ("mistral",), "model.layers", GATED),
+    Family("Qwen", ("qwen2", "qwen3"), "model.layers", GATED),
+    Family("Gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", GATED),
+    Family(
+        "OPT",
+        ("opt",),
+        "model.decoder.layers",
+        (
+            Linear("self_attn.q_proj", "attention input", "hidden", "hidden"),
+            Linear("self_attn.k_proj", "attention input", "hidden", "hidden"),
+            Linear("self_attn.v_proj", "attention input", "hidden", "hidden"),
+            Linear("self_attn.out_proj", "attention output", "hidden", "hidden"),
+            Linear("fc1", "mlp input", "hidden", "width"),
+            Linear("fc2", "mlp activation", "width", "hidden"),
+        ),
+        width="ffn_dim",
+    ),
+    Family(
+        "GPT-NeoX",
+        ("gpt_neox",),
+        "gpt_neox.layers",
+        (
+            Linear("attention.query_key_value", "attention input", "hidden", "three hidden"),
+            Linear("attention.dense", "attention output", "hidden", "hidden"),
+            Linear("mlp.dense_h_to_4h", "mlp input", "hidden", "width"),
+            Linear("mlp.dense_4h_to_h", "mlp activation", "width", "hidden"),
+        ),
+        renamed=(("lm_head.weight", "embed_out.weight"),),
+        not_weights=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    ),
+)
+
+
+def known_model_types() -> list[str]:
+    """All `model_type`s that coldpress can take apart."""
+    return sorted(model_type for family in FAMILIES for model_type in family.model_types)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a model by its config.json. Raises UnsupportedModel."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
+    what = f"a mixture of experts ({experts}: {config[experts]})" if experts else f"model_type {model_type!r}"
+    raise UnsupportedModel(f"{what} is not supported; coldpress knows {', '.join(known_model_types())}")
+
+
+def dimension(config: Mapping[str, Any], word: str, family: Family) -> int:
+    """The number behind a dimension's word, from config.json."""
+    hidden = int(config["hidden_size"])
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or hidden // heads)
+    match word:
+        case "hidden":
+            return hidden
+        case "three hidden":
+            return 3 * hidden
+        case "query":
+            return heads * head
+        case "key":
+            return int(config.get("num_key_value_heads") or heads) * head
+        case "width":
+            return int(config[family.width])
+    raise AssertionError(word)
+
+
+def block_count(config: Mapping[str, Any]) -> int:
+    """How many decoder blocks the model has."""
+    return int(config["num_hidden_layers"])
+
+
+def is_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether the head is the embedding: it has no weight of its own among the checkpoint's tensors."""
+    family = family_of(config)
+    return family.file_name("lm_head.weight") not in set(names)
+
+
+def linear_parameters(config: Mapping[str, Any]) -> int:
+    """Number of weights in the block linears, which is what sparsity and bits per weight are about."""
+    per_block = sum(rows * columns for rows, columns in family_of(config).linear_weights(config).values())
+    return per_block * block_count(config)

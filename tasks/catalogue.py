@@ -1,0 +1,36 @@
+"""The list of all stages. A new module with stages is named here and nowhere else."""
+
+from __future__ import annotations
+
+import difflib
+
+from .evaluation import perplexity as _perplexity
+from .evaluation import size as _size
+from .pruning import stage as _pruning
+from .quantization import stage as _quantization
+from .sources import models as _models
+from .sources import tokens as _tokens
+from .stage import CATALOGUE, Stage
+
+MODULES = (_models, _tokens, _pruning, _quantization, _perplexity, _size)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage "prune/wanda". Raises KeyError."""
+    return CATALOGUE[name]
+
+
+def uses() -> list[str]:
+    """What `use:` may say in a recipe: all kinds of stages but sources and evaluations, which have their own places."""
+    return sorted({entry.use for entry in CATALOGUE.values()} - {"source", "evaluate"})
+
+
+def methods(use: str) -> list[str]:
+    """What `method:` may say for a `use:`."""
+    return [entry.method for entry in CATALOGUE.values() if entry.use == use]
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """ "; did you mean 'wanda'?" or the list of what there is."""
+    close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known)}"

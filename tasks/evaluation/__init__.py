@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, and what can be counted (size, bits per weight, sparsity)."""

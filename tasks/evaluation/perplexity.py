@@ -1,0 +1,85 @@
+"""Perplexity over fixed windows, scored block by block, so that a model larger than memory can be measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ...storage.artifacts import Artifact, ArtifactWriter
+from ..formats import FORMATS
+from ..stage import Parameters, Run, StageError, json_file, stage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from ..blocks import Skeleton
+
+# Positions whose logits are held at once: 512 x 150,000 words x 4 bytes = 0.3 GB.
+HEAD_CHUNK = 512
+
+
+class PerplexityParameters(Parameters):
+    """Parameters of the perplexity measurement."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the forward pass; auto is the checkpoint's own; the loss is in float32"
+    )
+
+
+@stage(
+    "evaluate",
+    "perplexity",
+    version=1,
+    parameters=PerplexityParameters,
+    inputs={"model": "checkpoint", "data": "tokens"},
+    output="metrics",
+    accepts=frozenset(FORMATS),
+    paper="protocol of SparseGPT and Wanda: non-overlapping windows, exp of the mean of window means",
+)
+def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data: Artifact) -> Artifact:
+    """exp(mean over windows of the mean cross-entropy of each next token), on the weights that the stored bytes stand for."""
+    import math
+
+    import torch
+
+    from ..blocks import Skeleton, StoredModel, read_windows, resolve_dtype, stream_hidden
+
+    with StoredModel(run, model) as stored, torch.no_grad():
+        windows = read_windows(run, data, stored)
+        skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
+        hidden, outer = stream_hidden(run, stored, skeleton, windows, "scoring")
+        losses = []
+        for window, inputs in zip(windows, hidden, strict=True):
+            features = skeleton.finish(outer, inputs[None])[0]
+            losses.append(window_loss(skeleton, outer, features, window.to(run.device)))
+    mean = math.fsum(losses) / len(losses)
+    if not math.isfinite(mean):
+        raise StageError("the loss is not a finite number: the model's weights or activations overflow in this dtype")
+    with ArtifactWriter(run.store, "metrics") as writer:
+        result = {
+            "perplexity": math.exp(min(mean, 700.0)),
+            "loss_nats": mean,
+            "windows": len(losses),
+            "length": int(windows.shape[1]),
+            "window_losses_nats": losses,
+            "runtime": f"coldpress block loop, {str(skeleton.dtype).removeprefix('torch.')}",
+        }
+        writer.add_file("metrics.json", json_file(result))
+        return writer.publish()
+
+
+def window_loss(skeleton: Skeleton, outer: Mapping[str, Tensor], features: Tensor, window: Tensor) -> float:
+    """Mean cross-entropy in nats of tokens 1.. of a window [length], given head inputs [length, features]."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total = torch.zeros((), dtype=torch.float64)
+    targets = window[1:]
+    for start in range(0, len(targets), HEAD_CHUNK):
+        stop = min(start + HEAD_CHUNK, len(targets))
+        logits = skeleton.logits(outer, features[start:stop])
+        total += cross_entropy(logits, targets[start:stop], reduction="sum").double().cpu()
+    return float(total) / len(targets)

@@ -1,0 +1,52 @@
+"""Stored tensors to dense weights: the one place that knows how a checkpoint's formats are unpacked.
+
+Whatever reads a model block by block (the block loop, perplexity, size) calls `unpack` and sees dense weights under
+their usual names, exactly those that the stored bytes stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..storage.errors import ColdpressError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("dense", "gptq", "bitsandbytes")
+
+
+def unpack(
+    format: str,
+    quantization: Mapping[str, Any] | None,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """Dense tensors of `dtype` on `device` for stored tensors; packed weights come back as [out_features, in_features]."""
+    from .quantization import gptq_format, nf4_format
+
+    match format:
+        case "dense":
+            packed: dict[str, torch.Tensor] = {}
+        case "gptq":
+            packed = gptq_format.unpack_all(tensors, quantization or {}, device)
+        case "bitsandbytes":
+            packed = nf4_format.unpack_all(tensors, device)
+        case _:
+            raise ColdpressError(f"a checkpoint in the format '{format}' can't be read; known are {', '.join(FORMATS)}")
+    dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items() if not _is_part(name, packed)}
+    dense.update((name, tensor.to(dtype)) for name, tensor in packed.items())
+    return dense
+
+
+def _is_part(name: str, packed: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a stored tensor is a piece of a packed weight: `x.qweight` or `x.weight.absmax` of `x.weight`."""
+    module, _, last = name.rpartition(".")
+    if last in _GPTQ_PARTS:
+        return f"{module}.weight" in packed
+    return any(name == weight or name.startswith(f"{weight}.") for weight in packed)
+
+
+_GPTQ_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})

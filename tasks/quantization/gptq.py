@@ -1,0 +1,155 @@
+"""The GPTQ solver: quantize columns one after the other, let the rest make up for each error.
+
+Pure maths over tensors; Frantar et al. 2022 (arXiv:2210.17323), algorithm 1. Layers that read the same input share
+their Hessian, so their rows are stacked and solved together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, fit_grid, from_codes, to_codes
+
+
+class Gram:
+    """Sum of x x^T over all calibration tokens, [in_features, in_features] float32, one window at a time."""
+
+    def __init__(self, in_features: int) -> None:
+        self._in_features = in_features
+        self._sum: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs [tokens, in_features] of any floating dtype."""
+        inputs = inputs.float()
+        if self._sum is None:
+            self._sum = inputs.new_zeros(self._in_features, self._in_features)
+        self._sum.addmm_(inputs.T, inputs)
+
+    def matrix(self) -> Tensor:
+        """The sum. It must not be changed in place, layers share it."""
+        assert self._sum is not None
+        return self._sum
+
+
+class Solution(NamedTuple):
+    """codes: [rows, columns] uint8, columns in the weight's own order. scales: [groups, rows] float32 and zeros:
+    [groups, rows] uint8, as stored. group_index: [columns] int32, the group of each column.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_index: Tensor
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U of the damped Hessian's inverse, H^-1 = U^T U, [columns, columns] float32.
+
+    damping: share of the mean diagonal added to the diagonal; raised tenfold, up to 1, while the matrix is not
+    positive definite in float32. Raises ValueError when that does not help.
+    """
+    mean = hessian.diagonal().mean()
+    while damping <= 1:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping = damping * 10 if damping else 0.01
+    raise ValueError("the Gram matrix is not positive definite (NaN or infinity in the activations?)")
+
+
+def solve(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool,
+    static_groups: bool,
+    damping: float,
+    keep: Tensor | None = None,
+    column_block: int = 128,
+) -> Solution:
+    """Quantize `weight` [rows, columns] against `gram` [columns, columns] = sum x x^T.
+
+    group_size: columns that share a grid, -1 for all. act_order: columns with the largest diagonal first.
+    static_groups: grids from the original weight rather than the updated one. keep: bool [rows, columns]; pruned weights
+    (False) get the code of exact zero and their error is made up for like any other.
+    """
+    rows, columns = weight.shape
+    group_size = columns if group_size == -1 else group_size
+    work = weight.float().clone()
+    hessian = gram.float().clone()
+
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    work[:, dead] = 0
+
+    if group_size < column_block:
+        column_block -= column_block % group_size  # a group never straddles two blocks
+    group_index = torch.arange(columns, device=weight.device) // group_size
+    grids: list[Grid | None] = [None] * (columns // group_size)
+    if static_groups:
+        for group in range(len(grids)):
+            members = work[:, group * group_size : (group + 1) * group_size]
+            grids[group] = fit_grid(members, bits, symmetric=symmetric)
+
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
+    if order is not None:
+        work = work[:, order]
+        hessian = hessian[order][:, order]
+        keep = keep[:, order] if keep is not None else None
+        if static_groups:
+            group_index = group_index[order]  # columns stay in the groups they have in memory
+    groups = group_index.tolist()
+    factor = inverse_factor(hessian, damping)
+    del hessian
+
+    # The loops walk over columns: as rows of the transposed matrix these lie side by side in memory.
+    work = work.T.contiguous()
+    kept = keep.T.contiguous() if keep is not None else None
+    codes = torch.empty_like(work)
+    for start in range(0, columns, column_block):
+        stop = min(start + column_block, columns)
+        errors = torch.empty(stop - start, rows, device=work.device)
+        inner = factor[start:stop, start:stop]
+        for column in range(start, stop):
+            group = groups[column]
+            if grids[group] is None:
+                # The group's later columns lie in this block, or were brought up to date before it began.
+                members = work[column : column + group_size].T
+                grids[group] = fit_grid(members, bits, symmetric=symmetric)
+            grid = grids[group]
+            assert grid is not None
+            value = work[column]
+            code = to_codes(value, grid, bits)
+            if kept is not None:
+                code = torch.where(kept[column], code, grid.zero)
+            codes[column] = code
+            position = column - start
+            error = (value - from_codes(code, grid)).div_(inner[position, position])
+            errors[position] = error
+            if column + 1 < stop:
+                work[column + 1 : stop].addr_(inner[position, position + 1 :], error, alpha=-1)
+        if stop < columns:
+            work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    codes = codes.T
+    if order is not None:
+        back = torch.argsort(order)
+        codes = codes[:, back]
+        group_index = group_index[back]
+    solved = [grid for grid in grids if grid is not None]
+    return Solution(
+        codes.contiguous().to(torch.uint8),
+        torch.stack([grid.scale for grid in solved]),
+        torch.stack([grid.zero for grid in solved]).to(torch.uint8),
+        group_index.to(torch.int32),
+    )

@@ -1,0 +1,195 @@
+"""The quantization stages: the block loop with a quantizer in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ...storage.artifacts import Artifact, ArtifactWriter
+from ..architectures import family_of
+from ..stage import ModelFacts, Parameters, Run, StageError, json_file, stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..blocks import Block
+
+
+class GptqParameters(Parameters):
+    """Parameters of GPTQ."""
+
+    bits: Literal[2, 4, 8] = Field(4, description="bits of a weight")
+    group_size: int = Field(128, description="inputs that share a scale; -1 for a whole row")
+    symmetric: bool = Field(True, description="the zero point stands in the middle of the codes")
+    act_order: bool = Field(False, description="quantize the inputs with the largest activations first")
+    static_groups: bool = Field(False, description="scales from the original weights, not from the updated ones")
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian's diagonal")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the calibration pass; auto is the checkpoint's own"
+    )
+
+
+class Nf4Parameters(Parameters):
+    """Parameters of NF4."""
+
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share a scale")
+    double_quant: bool = Field(False, description="quantize the scales too, to 8 bit")
+
+
+def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
+    """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
+    size, lanes = parameters.group_size, 32 // parameters.bits
+    if size != -1 and size < 1:
+        yield f"group_size {size} is neither positive nor -1 (a whole row)"
+        return
+    weights = family_of(facts.config).linear_weights(facts.config)
+    for name, (rows, columns) in weights.items():
+        if size != -1 and columns % size:
+            fitting = [n for n in (32, 64, 128, 256) if all(c % n == 0 for _, c in weights.values())]
+            advice = f"{' or '.join(map(str, fitting))} would" if fitting else "-1 (a whole row) would"
+            yield f"group_size {size} does not divide the {columns} inputs of {name}; {advice}"
+            return
+        if columns % lanes or rows % lanes:
+            yield (
+                f"{name} is {rows} x {columns}, and {parameters.bits}-bit codes are packed {lanes} to a word, "
+                f"which needs both to be multiples of {lanes}"
+            )
+            return
+
+
+def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
+    """Two codes share a byte."""
+    for name, (rows, columns) in family_of(facts.config).linear_weights(facts.config).items():
+        if rows * columns % 2:
+            yield f"{name} has an odd number of weights ({rows} x {columns}), which NF4 can't pack"
+            return
+
+
+@stage(
+    "quantize",
+    "gptq",
+    version=1,
+    parameters=GptqParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="checkpoint",
+    paper="Frantar et al. 2022, arXiv:2210.17323",
+    check=check_gptq,
+    after=lambda parameters, facts: replace(facts, format="gptq"),
+)
+def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Artifact) -> Artifact:
+    """Second-order quantization: argmin ||W X - Q X||^2 column by column, each error spread over the columns to come."""
+    import torch
+
+    from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from .gptq import Gram, solve
+    from .gptq_format import pack, quantization_config
+
+    settings = quantization_config(
+        parameters.bits, parameters.group_size, parameters.act_order, parameters.symmetric, parameters.damping
+    )
+
+    def change(block: Block) -> Change:
+        tensors: dict[str, Tensor] = {}
+        for names in layers_by_input(block):
+            weight = torch.cat([block.weights[name] for name in names])
+            keep = _stacked_masks(block, names)
+            try:
+                solution = solve(
+                    weight,
+                    block.statistics[names[0]].matrix(),
+                    bits=parameters.bits,
+                    group_size=parameters.group_size,
+                    symmetric=parameters.symmetric,
+                    act_order=parameters.act_order,
+                    static_groups=parameters.static_groups,
+                    damping=parameters.damping,
+                    keep=keep,
+                )
+            except ValueError as error:
+                raise StageError(f"GPTQ failed on {names[0]}: {error}") from error
+            first = 0
+            for name in names:
+                last = first + len(block.weights[name])
+                part = solution._replace(
+                    codes=solution.codes[first:last],
+                    scales=solution.scales[:, first:last],
+                    zeros=solution.zeros[:, first:last],
+                )
+                tensors.update(pack(name.removesuffix(".weight"), part, parameters.bits))
+                first = last
+        return Change(tensors, frozenset(block.weights))
+
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        run_blocks(
+            run,
+            stored,
+            "quantizing",
+            change=change,
+            writer=writer,
+            format="gptq",
+            quantization=settings,
+            windows=read_windows(run, calibration, stored),
+            statistic=Gram,
+            dtype=resolve_dtype(parameters.dtype, stored),
+        )
+        writer.share_masks(stored.manifest)
+        writer.share_files(stored.manifest)
+        writer.add_file("quantize_config.json", json_file(settings))
+        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
+        return writer.publish(format="gptq", quantization=settings)
+
+
+@stage(
+    "quantize",
+    "nf4",
+    version=1,
+    parameters=Nf4Parameters,
+    inputs={"model": "checkpoint"},
+    output="checkpoint",
+    paper="Dettmers et al. 2023, arXiv:2305.14314",
+    check=check_nf4,
+    after=lambda parameters, facts: replace(facts, format="bitsandbytes"),
+)
+def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
+    """4-bit NormalFloat: nearest of 16 quantiles of the normal distribution, scaled by each block's largest magnitude."""
+    from ..blocks import Change, StoredModel, run_blocks
+    from .nf4_format import pack, quantization_config
+
+    def change(block: Block) -> Change:
+        tensors: dict[str, Tensor] = {}
+        for name, weight in block.weights.items():
+            tensors.update(pack(name, weight, parameters.block_size, parameters.double_quant))
+        return Change(tensors, frozenset(block.weights))
+
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        run_blocks(run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes")
+        dtype = str(stored.dtype).removeprefix("torch.")
+        settings = quantization_config(parameters.double_quant, dtype, ["lm_head"])
+        writer.share_masks(stored.manifest)
+        writer.share_files(stored.manifest)
+        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
+        return writer.publish(format="bitsandbytes", quantization=settings)
+
+
+def layers_by_input(block: Block) -> list[list[str]]:
+    """The block's weights, those that read the same input together."""
+    groups: dict[str, list[str]] = {}
+    for name, linear in block.linears.items():
+        groups.setdefault(linear.reads, []).append(name)
+    return list(groups.values())
+
+
+def _stacked_masks(block: Block, names: list[str]) -> Tensor | None:
+    import torch
+
+    if not any(name in block.masks for name in names):
+        return None
+    return torch.cat(
+        [
+            block.masks.get(name, torch.ones_like(block.weights[name], dtype=torch.bool))
+            for name in names
+        ]
+    )

@@ -1,0 +1,144 @@
+"""Texts in: documents of a source, dealt into splits.
+
+Sources without splits of their own (local files, `python-docs`) are dealt block by block: every fourth block is "test", the
+rest is "train"; "all" is everything. The deal depends on the text alone, not on a seed, so that calibration windows
+of any seed never overlap held-out ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .locate import Located, SourceError, file_digest, hub_commit, locate
+
+PYTHON_DOCS = "python-docs"
+DEALT_SPLITS = ("train", "test", "all")
+# Characters of the pieces in which running text is dealt.
+BLOCK_CHARACTERS = 4000
+TEST_EVERY = 4
+
+
+def text_content(source: str, revision: str | None, name: str | None) -> dict[str, Any]:
+    """The content id of a text source."""
+    if source == PYTHON_DOCS:
+        return {"python-docs": file_digest(_topics_file())}
+    located = _locate_text(source)
+    if located.kind == "hub":
+        return {"dataset": source, "name": name, "commit": hub_commit(source, revision, "dataset")}
+    return {"file": file_digest(located.path)}
+
+
+def text_bytes(source: str, split: str) -> int | None:
+    """An upper bound of the split's size in bytes, None when only loading would tell."""
+    if source == PYTHON_DOCS:
+        size = os.path.getsize(_topics_file())
+    else:
+        located = _locate_text(source)
+        if located.kind == "hub":
+            return None
+        size = os.path.getsize(located.path)
+    return size
+
+
+def check_text(source: str, split: str) -> None:
+    """Errors of a text source that show without reading it."""
+    if source != PYTHON_DOCS:
+        located = _locate_text(source)
+        if located.kind == "hub":
+            return
+        if located.path.endswith((".parquet", ".csv", ".arrow", ".zip", ".gz")):
+            raise SourceError(f"{source} is not plain text or jsonl; convert it, or name a Hub data set")
+    if split not in DEALT_SPLITS:
+        raise SourceError(f"split {split!r} is none of {', '.join(DEALT_SPLITS)}, which {source} can be dealt into")
+
+
+def documents(source: str, split: str, field: str, name: str | None, revision: str | None) -> Iterator[str]:
+    """The documents of a split, in a fixed order. Raises SourceError."""
+    if source == PYTHON_DOCS:
+        yield from _dealt(_running_blocks(_python_docs()), split)
+        return
+    located = _locate_text(source)
+    if located.kind == "hub":
+        yield from _hub_documents(source, split, field, name, revision)
+    elif located.path.endswith((".jsonl", ".ndjson")):
+        yield from _dealt(_json_lines(located.path, field), split)
+    else:
+        with open(located.path, encoding="utf-8") as file:
+            try:
+                text = file.read()
+            except UnicodeDecodeError as error:
+                raise SourceError(f"{located.path} is not UTF-8 text: {error}") from error
+        yield from [text] if split == "all" else _dealt(_running_blocks([text]), split)
+
+
+def _locate_text(source: str) -> Located:
+    located = locate(source)
+    if located.kind == "folder":
+        raise SourceError(f"{source} is a folder; name a text or jsonl file, a Hub data set, or {PYTHON_DOCS}")
+    return located
+
+
+def _topics_file() -> str:
+    import pydoc_data.topics
+
+    return str(pydoc_data.topics.__file__)
+
+
+def _python_docs() -> list[str]:
+    """The language reference that every CPython carries, one text for each topic."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _running_blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Texts cut at blank lines into blocks of about `BLOCK_CHARACTERS`."""
+    gathered: list[str] = []
+    size = 0
+    for text in texts:
+        for paragraph in text.split("\n\n"):
+            gathered.append(paragraph)
+            size += len(paragraph)
+            if size >= BLOCK_CHARACTERS:
+                yield "\n\n".join(gathered)
+                gathered, size = [], 0
+    if gathered:
+        yield "\n\n".join(gathered)
+
+
+def _dealt(blocks: Iterable[str], split: str) -> Iterator[str]:
+    for index, block in enumerate(blocks):
+        is_test = index % TEST_EVERY == TEST_EVERY - 1
+        if split == "all" or is_test == (split == "test"):
+            yield block
+
+
+def _json_lines(path: str, field: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise SourceError(f"{path} line {number} has no text field {field!r} (it has: {has}); set `field:`")
+            yield record[field]
+
+
+def _hub_documents(source: str, split: str, field: str, name: str | None, revision: str | None) -> Iterator[str]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, name, split=split, revision=revision, streaming=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(f"could not load split {split!r} of data set {source!r}: {error}") from error
+    for record in loaded:
+        if not isinstance(record.get(field), str):
+            raise SourceError(f"data set {source!r} has no text field {field!r} (it has: {', '.join(record)}); set `field:`")
+        yield record[field]

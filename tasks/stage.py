@@ -1,0 +1,275 @@
+"""What a stage is: artifacts in, parameters in, one artifact out.
+
+`@stage(...)` puts a function into the catalogue with everything needed to check, key and run it. The key of a
+stage is SHA-256 over: the stage's name, its own version, its parameters (those at their default left out), the
+content ids of its inputs by role, and, for a source, the content id of what it reads. Device, worker count and
+progress stay out. The function itself is plain: `flows` turns it into a Prefect task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from ..storage.artifacts import Artifact, Kind
+from ..storage.digests import digest_of
+from ..storage.errors import ColdpressError
+from ..storage.store import Action, Store
+
+logger = logging.getLogger("coldpress")
+
+
+class StageError(ColdpressError):
+    """A stage that can't do what it was asked."""
+
+
+class Parameters(BaseModel):
+    """Base of all stage parameters. Field descriptions are what `coldpress stages` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Fields that say where something is rather than what it is; the content id stands in the key for them.
+    location: ClassVar[frozenset[str]] = frozenset()
+
+    def for_key(self) -> dict[str, Any]:
+        """The parameters that differ from their defaults, as JSON values."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.location))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks."""
+
+    config: Mapping[str, Any]
+    format: str = "dense"
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage function may use besides its inputs.
+
+    device: "cpu", "cuda", "cuda:1" …; progress(what, done, total) is called once a block or so; `note` adds a
+    JSON value to the provenance.
+    """
+
+    store: Store
+    device: str = "cpu"
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, name: str, value: Any) -> None:
+        self.notes[name] = value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An entry of the catalogue.
+
+    use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
+    paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
+    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read.
+    content: for a source, the content id of what its parameters point at.
+    """
+
+    use: str
+    method: str
+    version: int
+    parameters: type[Parameters]
+    inputs: Mapping[str, Kind]
+    output: Kind
+    function: Callable[..., Artifact]
+    summary: str
+    paper: str
+    check: Callable[[Any, ModelFacts], Iterator[str]]
+    after: Callable[[Any, ModelFacts], ModelFacts]
+    accepts: frozenset[str]
+    content: Callable[[Any], dict[str, Any]] | None
+
+    @property
+    def name(self) -> str:
+        """ "prune/wanda": names the stage in keys, in the store and on the dashboard."""
+        return f"{self.use}/{self.method}"
+
+
+CATALOGUE: dict[str, Stage] = {}
+
+
+def _no_errors(parameters: Any, facts: ModelFacts) -> Iterator[str]:
+    return iter(())
+
+
+def _same_facts(parameters: Any, facts: ModelFacts) -> ModelFacts:
+    return facts
+
+
+def stage(
+    use: str,
+    method: str,
+    *,
+    version: int,
+    parameters: type[Parameters],
+    output: Kind,
+    inputs: Mapping[str, Kind] | None = None,
+    paper: str = "",
+    check: Callable[[Any, ModelFacts], Iterator[str]] = _no_errors,
+    after: Callable[[Any, ModelFacts], ModelFacts] = _same_facts,
+    accepts: frozenset[str] = frozenset({"dense"}),
+    content: Callable[[Any], dict[str, Any]] | None = None,
+) -> Callable[[Callable[..., Artifact]], Stage]:
+    """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
+
+    def register(function: Callable[..., Artifact]) -> Stage:
+        summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        entry = Stage(
+            use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
+            content,
+        )  # fmt: skip
+        assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
+        CATALOGUE[entry.name] = entry
+        return entry
+
+    return register
+
+
+def preimage(entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Everything a stage's result depends on; its digest is the key."""
+    image: dict[str, Any] = {
+        "stage": entry.name,
+        "version": entry.version,
+        "parameters": parameters.for_key(),
+        "inputs": {role: artifact.id for role, artifact in inputs.items()},
+    }
+    if entry.content is not None:
+        image["content"] = entry.content(parameters)
+    return image
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: `state` is "cached" or "computed"."""
+
+    state: str
+    action: Action
+
+
+def lookup(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Action | None:
+    """The proven cached result of a stage, or None. Imports nothing heavy."""
+    return store.lookup(entry.name, digest_of(preimage(entry, parameters, inputs)))
+
+
+def compute(
+    run: Run,
+    entry: Stage,
+    parameters: Parameters,
+    inputs: Mapping[str, Artifact],
+    context: Mapping[str, Any] | None = None,
+) -> Action:
+    """Run a stage now and publish its action. `context` (run id, recipe, …) goes into the provenance."""
+    image = preimage(entry, parameters, inputs)
+    started = time.time()
+    clock = time.perf_counter()
+    memory = PeakMemory(run.device)
+    with _recorded_warnings() as said:
+        artifact = entry.function(run, parameters, **inputs)
+    provenance = {
+        "seconds": round(time.perf_counter() - clock, 3),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        **memory.reading(),
+        "device": run.device,
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": _library_versions(),
+        "warnings": said,
+        **run.notes,
+        **(context or {}),
+    }
+    return run.store.record(Action(entry.name, digest_of(image), artifact, image, provenance))
+
+
+class PeakMemory:
+    """Peak memory since construction: resident bytes of this process, and on CUDA bytes allocated and reserved."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._resettable = True
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM to the present size
+        except OSError:
+            self._resettable = False
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def reading(self) -> dict[str, Any]:
+        """{"peak_memory_bytes": …, "peak_memory_of": "stage" or "process"} and, on CUDA, the device's counters."""
+        peak = self._high_water()
+        result: dict[str, Any] = {
+            "peak_memory_bytes": peak,
+            "peak_memory_of": "stage" if self._resettable else "process",
+        }
+        if self._device.startswith("cuda"):
+            import torch
+
+            result["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            result["peak_device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
+        return result
+
+    @staticmethod
+    def _high_water() -> int:
+        if sys.platform == "linux":
+            with open("/proc/self/status") as file:
+                for line in file:
+                    if line.startswith("VmHWM:"):
+                        return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _recorded_warnings(list[str]):
+    """Collects the text of Python warnings, each once, and passes them on to the log."""
+
+    def __enter__(self) -> _recorded_warnings:
+        self._catcher = warnings.catch_warnings()
+        self._catcher.__enter__()
+        warnings.simplefilter("default")
+        warnings.showwarning = self._show
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._catcher.__exit__(*details)
+
+    def _show(self, message: Warning | str, category: type[Warning], *place: Any) -> None:
+        text = f"{category.__name__}: {message}"
+        if text not in self:
+            self.append(text)
+            logger.warning(text)
+
+
+def _library_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("coldpress", "torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def json_file(value: Any) -> bytes:
+    """A config or metrics file as all of them are written: sorted keys, so that equal values are equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
