@@ -142,7 +142,7 @@ class ArtifactWriter:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-        """Store tensors. `prefix` is their block's ("model.layers.3."): its small ones share a blob, named without it."""
+        """Store tensors. `prefix` is their block's ("model.layers.3."): small ones share a blob, named without it."""
         self._settle()
         self._pending = self._submit({name: from_torch(tensor) for name, tensor in tensors.items()}, prefix)
 

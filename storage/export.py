@@ -33,9 +33,7 @@ def shards(manifest: Manifest, limit: int = SHARD_BYTES) -> dict[str, list[str]]
         filled += size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    return {
-        f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, start=1)
-    }
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, start=1)}
 
 
 def export_bytes(manifest: Manifest) -> int:

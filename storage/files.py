@@ -77,7 +77,7 @@ class LocalFiles:
 
     def read(self, path: str) -> memoryview:
         with open(self._full(path), "rb", buffering=0) as file:
-            data = memoryview(np.empty(os.fstat(file.fileno()).st_size, np.uint8)).cast("B")
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data.cast("B")
             done = 0
             while done < len(data):
                 count = file.readinto(data[done:])

@@ -32,7 +32,7 @@ class Usage:
 
 
 def verify(store: Store, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Finding]:
-    """Hash every blob and manifest, check every record. Changes nothing. `progress` gets blobs done and their number."""
+    """Hash every blob and manifest, check every record, change nothing. `progress` gets blobs done and their number."""
     names: dict[str, list[str]] = {}
     for name, artifact in store.refs().items():
         names.setdefault(artifact.id, []).append(name)
@@ -53,7 +53,7 @@ def verify(store: Store, progress: Callable[[int, int], None] = lambda done, tot
             needs.setdefault(blob, []).extend(users)
             sizes[blob] = size
 
-    present = {path: size for path, size in store.files.list("blobs")}
+    present = dict(store.files.list("blobs"))
     for blob in sizes:
         if blob_path(blob) not in present:
             findings.append(Finding(blob_path(blob), "missing", tuple(needs[blob])))

@@ -3,7 +3,7 @@
     blobs/sha256/ab/cdef…       immutable content
     artifacts/sha256/ab/cdef…   manifests
     actions/<stage>/<key>       key -> artifact, with the key's whole pre-image and provenance
-    refs/<name>                 names for people: "recipe/stage"
+    refs/<name>.json            names for people: "recipe/stage"
     runs/<id>                   a recipe as it was run
     damaged/                    what failed verification, moved aside
     tmp/                        files not yet published
@@ -187,9 +187,7 @@ class Store:
     def record(self, action: Action) -> Action:
         """Publish an action; returns the one that counts. The first for a key wins while its artifact is whole."""
         assert digest_of(action.preimage) == action.key
-        data = [
-            seal({"artifact": list(action.artifact), "preimage": action.preimage, "provenance": action.provenance})
-        ]
+        data = [seal({"artifact": list(action.artifact), "preimage": action.preimage, "provenance": action.provenance})]
         path = action_path(action.stage, action.key)
         if not self.files.create(path, data):
             standing = self.lookup(action.stage, action.key)
@@ -212,7 +210,7 @@ class Store:
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
         """Point a name for people at an artifact."""
-        path = f"refs/{name}"
+        path = f"refs/{name}.json"
         record = {"artifact": list(artifact)}
         try:
             if unseal(self.files.read(path), path) == record:
@@ -229,7 +227,7 @@ class Store:
                 kind, artifact_id = unseal(self.files.read(path), path)["artifact"]
             except (FileNotFoundError, DamagedBlob):
                 continue
-            found[path.removeprefix("refs/")] = Artifact(kind, artifact_id)
+            found[path.removeprefix("refs/").removesuffix(".json")] = Artifact(kind, artifact_id)
         return found
 
     def resolve(self, name: str) -> Artifact:
@@ -276,4 +274,3 @@ def artifact_path(artifact_id: str) -> str:
 def action_path(stage: str, key: str) -> str:
     """Where an action is, relative to the store."""
     return f"actions/{stage}/{key}"
-

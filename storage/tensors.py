@@ -96,7 +96,7 @@ def from_torch(tensor: torch.Tensor) -> TensorBytes:
     import torch
 
     tensor = tensor.detach().contiguous().cpu()
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     return TensorBytes(dtype_code(tensor.dtype), tuple(tensor.shape), data)
 
 

@@ -73,7 +73,7 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self.model = build_model(config, dtype)
-        self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
+        self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -113,7 +113,9 @@ class Skeleton:
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def gather(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor, wanted: Mapping[str, Statistic]) -> None:
+    def gather(
+        self, index: int, weights: Mapping[str, Tensor], hidden: Tensor, wanted: Mapping[str, Statistic]
+    ) -> None:
         """Run windows [windows, length, hidden] through block `index`, adding linear inputs to `wanted` by layer name.
 
         The forward pass ends at the last input asked for: the final projection is never multiplied out.
@@ -144,7 +146,7 @@ class Skeleton:
                 handle.remove()
 
     def finish(self, outer: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """What the head reads, [1, length, features]: the last block's output [1, length, hidden] through the final norm."""
+        """What the head reads, [1, length, features]: the last block's output, [1, length, hidden], after the final norm."""
         with self._passing(hidden), self._weights(outer):
             output = self.model.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
         return output.last_hidden_state
@@ -206,7 +208,7 @@ class Skeleton:
     def _replaced_forward(self, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
         try:
             for number, block in enumerate(self._blocks):
-                block.forward = make(number)  # type: ignore[method-assign]
+                block.forward = make(number)
             yield
         finally:
             for block in self._blocks:
@@ -326,8 +328,8 @@ def run_blocks(
 ) -> None:
     """Take every block through `change` and give the results to `writer`.
 
-    what: the activity's name in progress reports ("pruning"). windows: calibration token ids [windows, length]; without them
-    nothing is propagated. statistic: makes one for in_features, for each distinct input of the block's linears.
+    what: the activity's name in progress reports ("pruning"). windows: calibration token ids [windows, length];
+    without them nothing is propagated. statistic: makes one for in_features, for each distinct input of the block's linears.
     dtype: of the calibration pass. format, quantization: how the changed tensors are packed.
     """
     dtype = dtype or model.dtype
@@ -423,7 +425,8 @@ def read_windows(run: Run, tokens: Artifact, model: StoredModel) -> Tensor:
     context = int(model.config.get("max_position_embeddings") or windows.shape[1])
     if windows.shape[1] > context:
         raise StageError(
-            f"windows of {windows.shape[1]} tokens exceed the model's context of {context}; set length to {context} or less"
+            f"windows of {windows.shape[1]} tokens exceed the model's context of {context}; "
+            f"set length to {context} or less"
         )
     return windows
 

@@ -24,7 +24,7 @@ def unpack(
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, torch.Tensor]:
-    """Dense tensors of `dtype` on `device` for stored tensors; packed weights come back as [out_features, in_features]."""
+    """Dense tensors of `dtype` on `device` for stored ones; packed weights come back as [out_features, in_features]."""
     from .quantization import gptq_format, nf4_format
 
     match format:

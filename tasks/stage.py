@@ -245,7 +245,7 @@ class _recorded_warnings(list[str]):
         self._catcher = warnings.catch_warnings()
         self._catcher.__enter__()
         warnings.simplefilter("default")
-        warnings.showwarning = self._show
+        warnings.showwarning = self._show  # type: ignore[assignment]
         return self
 
     def __exit__(self, *details: Any) -> None:

@@ -110,9 +110,7 @@ def _prune(
 def _register(name: str, criterion: Criterion) -> None:
     calibrated = criterion.needs != "nothing"
 
-    def prune(
-        run: Run, parameters: PruneParameters, model: Artifact, calibration: Artifact | None = None
-    ) -> Artifact:
+    def prune(run: Run, parameters: PruneParameters, model: Artifact, calibration: Artifact | None = None) -> Artifact:
         return _prune(run, parameters, criterion, model, calibration)
 
     prune.__doc__ = criterion.score.__doc__

@@ -80,8 +80,8 @@ def solve(
     """Quantize `weight` [rows, columns] against `gram` [columns, columns] = sum x x^T.
 
     group_size: columns that share a grid, -1 for all. act_order: columns with the largest diagonal first.
-    static_groups: grids from the original weight rather than the updated one. keep: bool [rows, columns]; pruned weights
-    (False) get the code of exact zero and their error is made up for like any other.
+    static_groups: grids from the original weight rather than the updated one. keep: bool [rows, columns]; pruned
+    weights (False) get the code of exact zero and their error is made up for like any other.
     """
     rows, columns = weight.shape
     group_size = columns if group_size == -1 else group_size

@@ -80,7 +80,7 @@ def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
     after=lambda parameters, facts: replace(facts, format="gptq"),
 )
 def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Artifact) -> Artifact:
-    """Second-order quantization: argmin ||W X - Q X||^2 column by column, each error spread over the columns to come."""
+    """Second-order quantization: min ||W X - Q X||^2 column by column, each error spread over the columns to come."""
     import torch
 
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
@@ -154,7 +154,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
     after=lambda parameters, facts: replace(facts, format="bitsandbytes"),
 )
 def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
-    """4-bit NormalFloat: nearest of 16 quantiles of the normal distribution, scaled by each block's largest magnitude."""
+    """4-bit NormalFloat: the nearest of 16 quantiles of the normal, scaled by each block's largest magnitude."""
     from ..blocks import Change, StoredModel, run_blocks
     from .nf4_format import pack, quantization_config
 
@@ -187,9 +187,4 @@ def _stacked_masks(block: Block, names: list[str]) -> Tensor | None:
 
     if not any(name in block.masks for name in names):
         return None
-    return torch.cat(
-        [
-            block.masks.get(name, torch.ones_like(block.weights[name], dtype=torch.bool))
-            for name in names
-        ]
-    )
+    return torch.cat([block.masks.get(name, torch.ones_like(block.weights[name], dtype=torch.bool)) for name in names])

@@ -56,7 +56,9 @@ def locate(source: str) -> Located:
         ".gguf", ".txt", ".jsonl", ".json", ".md", ".safetensors",
     )  # fmt: skip
     if looks_local or not _HUB_ID.fullmatch(source):
-        raise SourceError(f"source {source!r} is neither a file nor a folder; paths are relative to the recipe's folder")
+        raise SourceError(
+            f"source {source!r} is neither a file nor a folder; paths are relative to the recipe's folder"
+        )
     return Located("hub", source)
 
 
@@ -122,7 +124,8 @@ def check_model(source: str) -> None:
         if magic != b"GGUF":
             what = "a pickle" if located.path.endswith(_PICKLES) else "no GGUF file"
             raise SourceError(
-                f"{located.path} is {what}; a model is a GGUF file, a folder with config.json and safetensors, or a Hub id"
+                f"{located.path} is {what}; a model is a GGUF file, a folder with "
+                "config.json and safetensors, or a Hub id"
             )
     elif located.kind == "folder":
         if not os.path.isfile(os.path.join(located.path, "config.json")):
@@ -150,8 +153,8 @@ def weight_files(folder: str) -> list[str]:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise SourceError(
-            f"{folder} has only pickle checkpoints ({pickles[0]}), which can run code when loaded and are refused; use a "
-            "revision with safetensors (on the Hub often revision: refs/pr/<number>) or convert it with save_pretrained"
+            f"{folder} has only pickle checkpoints ({pickles[0]}), which can run code when loaded and are refused; "
+            "use a revision with safetensors (on the Hub often revision: refs/pr/<number>) or convert it with save_pretrained"
         )
     raise SourceError(f"{folder} has no safetensors files")
 

@@ -74,7 +74,9 @@ def model(run: Run, parameters: ModelParameters) -> Artifact:
     names = _by_block(family, expected if quantization is None else opened.names)
     missing = [name for name in expected if name not in set(opened.names)] if quantization is None else []
     if missing:
-        raise SourceError(f"{parameters.source} lacks {len(missing)} tensors that its config asks for, e.g. {missing[0]}")
+        raise SourceError(
+            f"{parameters.source} lacks {len(missing)} tensors that its config asks for, e.g. {missing[0]}"
+        )
 
     config = {key: value for key, value in opened.config.items() if key not in _NOT_CONTENT}
     config["architectures"] = [type(skeleton.model).__name__]
@@ -137,7 +139,9 @@ def _download(repo: str, revision: str | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(repo, revision=revision, allow_patterns=["*.safetensors", "*.index.json", *MODEL_FILES])
+        return snapshot_download(
+            repo, revision=revision, allow_patterns=["*.safetensors", "*.index.json", *MODEL_FILES]
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(f"could not download {repo}: {error}") from error
 

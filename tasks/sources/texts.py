@@ -1,8 +1,8 @@
 """Texts in: documents of a source, dealt into splits.
 
-Sources without splits of their own (local files, `python-docs`) are dealt block by block: every fourth block is "test", the
-rest is "train"; "all" is everything. The deal depends on the text alone, not on a seed, so that calibration windows
-of any seed never overlap held-out ones.
+Sources without splits of their own (local files, `python-docs`) are dealt block by block: every fourth block is
+"test", the rest is "train"; "all" is everything. The deal depends on the text alone, not on a seed, so that
+calibration windows of any seed never overlap held-out ones.
 """
 
 from __future__ import annotations
@@ -140,5 +140,7 @@ def _hub_documents(source: str, split: str, field: str, name: str | None, revisi
         raise SourceError(f"could not load split {split!r} of data set {source!r}: {error}") from error
     for record in loaded:
         if not isinstance(record.get(field), str):
-            raise SourceError(f"data set {source!r} has no text field {field!r} (it has: {', '.join(record)}); set `field:`")
+            raise SourceError(
+                f"data set {source!r} has no text field {field!r} (it has: {', '.join(record)}); set `field:`"
+            )
         yield record[field]

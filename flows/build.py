@@ -1,0 +1,370 @@
+"""From a recipe's document to the nodes of its DAG, noting everything that is wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..tasks.catalogue import did_you_mean, methods, uses
+from ..tasks.sources.texts import PYTHON_DOCS
+from ..tasks.stage import CATALOGUE, Parameters, Stage
+from .document import Document, Path, Problem
+from .expand import Instance, expand_matrix, join_instances
+from .recipe import Node
+
+SECTIONS = ("name", "model", "models", "data", "stages", "evaluate")
+SINGLE_MODEL = "base"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Builder:
+    """Collects nodes and problems while it walks through a document."""
+
+    def __init__(self, document: Document, folder: str, problems: list[Problem]) -> None:
+        self.document = document
+        self.value: dict[str, Any] = document.value
+        self.folder = folder
+        self.problems = problems
+        self.name = "recipe"
+        self.nodes: dict[str, Node] = {}
+        self.instances: dict[str, list[Instance]] = {}  # name in the recipe -> its nodes
+        self.variants: list[str] = []
+        self.evaluations: dict[str, tuple[str, ...]] = {}
+        self.data: dict[str, tuple[TokensEntry, int | None]] = {}
+        self.calibrations: dict[str, int | None] = {}
+        self.broken: set[str] = set()  # named in the recipe, but with problems of their own
+
+    def problem(self, message: str, *path: str | int) -> None:
+        self.problems.append(Problem(message, self.document.line(*path)))
+
+    def build(self) -> None:
+        for key in self.value:
+            if key not in SECTIONS:
+                self.problem(f"unknown section '{key}'; {did_you_mean(key, list(SECTIONS))}", key)
+        name = self.value.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            self.problem("a recipe needs a name of letters, digits, '-', '_' and '.': 'name: my-recipe'", "name")
+        else:
+            self.name = name
+        self._models()
+        self._data()
+        self._stages()
+        self._evaluations()
+
+    def section(self, key: str) -> dict[str, Any]:
+        """A section as a mapping of mappings, problems noted."""
+        value = self.value.get(key) or {}
+        if not isinstance(value, dict):
+            self.problem(f"'{key}' must be a mapping of names to settings", key)
+            return {}
+        result = {}
+        for name, entry in value.items():
+            if not isinstance(entry, dict):
+                self.problem(f"'{key}.{name}' must be a mapping, like {{source: …}}", key, name)
+                self.broken.add(name)
+            elif not _NAME.fullmatch(name):
+                self.problem(f"'{name}' is no name: use letters, digits, '-', '_' and '.'", key, name)
+            else:
+                result[name] = entry
+        return result
+
+    def _models(self) -> None:
+        if "model" in self.value and "models" in self.value:
+            self.problem("write either 'model' (one) or 'models' (several), not both", "models")
+        single = self.value.get("model")
+        if isinstance(single, str):
+            single = {"source": single}
+        if single is not None:
+            if isinstance(single, dict):
+                self._model(SINGLE_MODEL, single, ("model",))
+            else:
+                self.problem("'model' must be a mapping, like {source: …}", "model")
+        for name, entry in self.section("models").items():
+            self._model(name, entry, ("models", name))
+        if single is None and not self.value.get("models"):
+            self.problem("a recipe needs a model: 'model: {source: …}'")
+
+    def _model(self, name: str, entry: dict[str, Any], path: Path) -> None:
+        stage = CATALOGUE["source/model"]
+        parameters = self.parameters(stage, self._local(entry), path, f"model '{name}'")
+        if parameters is None:
+            self.broken.add(name)
+            return
+        self.nodes[name] = Node(name, stage, parameters, {}, self.document.line(*path), name)
+        self.instances[name] = [Instance(name, ())]
+
+    def _data(self) -> None:
+        stage = CATALOGUE["source/tokens"]
+        for name, entry in self.section("data").items():
+            if name in self.nodes:
+                self.problem(f"'{name}' is a model already; give the data another name", "data", name)
+                continue
+            parameters = self.parameters(stage, self._local(entry), ("data", name), f"data '{name}'")
+            if parameters is None:
+                self.broken.add(name)
+            else:
+                self.data[name] = (TokensEntry(name, parameters), self.document.line("data", name))
+
+    def _local(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Relative paths are relative to the recipe's folder."""
+        source = entry.get("source")
+        if not isinstance(source, str) or "://" in source or source == PYTHON_DOCS:
+            return entry
+        path = os.path.join(self.folder, os.path.expanduser(source))
+        looks_local = os.path.exists(path) or source.startswith(("./", "../", "~"))
+        return {**entry, "source": os.path.abspath(path)} if looks_local else entry
+
+    def parameters(self, stage: Stage, values: Mapping[str, Any], path: Path, label: str) -> Parameters | None:
+        """The checked parameters of a stage; every problem is noted."""
+        try:
+            return stage.parameters.model_validate(dict(values))
+        except ValidationError as error:
+            fields = list(stage.parameters.model_fields)
+            for detail in error.errors():
+                key = str(detail["loc"][0]) if detail["loc"] else None
+                where = (*path, key) if key else path
+                match detail["type"]:
+                    case "extra_forbidden":
+                        known = [*fields, *stage.inputs]
+                        message = f"{label} has no parameter '{key}'; {did_you_mean(str(key), known)}"
+                    case "missing":
+                        message = f"{label} needs '{key}': {stage.parameters.model_fields[str(key)].description}"
+                    case "value_error":
+                        message = f"{label}: {detail['ctx']['error']}"
+                    case _:
+                        given = detail["input"]
+                        message = f"{label}: {key} is {given!r}, but {_lower(detail['msg'])}"
+                        description = stage.parameters.model_fields[str(key)].description if key in fields else None
+                        message += f" ({key}: {description})" if description else ""
+                self.problem(message, *where)
+            return None
+
+    def _stages(self) -> None:
+        section = self.section("stages")
+        for name, entry in section.items():
+            if name in self.nodes or name in self.data:
+                self.problem(f"'{name}' is the name of a model or data entry already; rename the stage", "stages", name)
+                continue
+            self.instances.setdefault(name, [])
+            if not self._stage(name, entry, section):
+                self.broken.add(name)
+
+    def _stage(self, name: str, entry: dict[str, Any], section: Mapping[str, Any]) -> bool:
+        path: Path = ("stages", name)
+        label = f"stage '{name}'"
+        use, method = entry.get("use"), entry.get("method")
+        if use not in uses():
+            self.problem(
+                f"{label} needs 'use'; there is {', '.join(uses())}" if use is None
+                else f"{label}: unknown use '{use}'; {did_you_mean(str(use), uses())}",
+                *path, "use",
+            )  # fmt: skip
+            return False
+        if method not in methods(use):
+            self.problem(
+                f"{label} needs 'method'; {use} has {', '.join(methods(use))}" if method is None
+                else f"{label}: {use} has no method '{method}'; {did_you_mean(str(method), methods(use))}",
+                *path, "method",
+            )  # fmt: skip
+            return False
+        stage = CATALOGUE[f"{use}/{method}"]
+        before = len(self.problems)
+        inputs = {role: entry[role] for role in stage.inputs if role in entry}
+        for role, kind in stage.inputs.items():
+            if role not in entry:
+                there = sorted(self.data) if kind == "tokens" else sorted(self.instances.keys() - {name})
+                self.problem(f"{label} needs '{role}', the name of a {kind}; there is {', '.join(there)}", *path)
+            else:
+                self._check_reference(name, role, kind, entry[role], section)
+        if "calibration" in inputs and not isinstance(inputs["calibration"], (dict, list)):
+            self.calibrations.setdefault(str(inputs["calibration"]), self.document.line(*path, "calibration"))
+        matrix = entry.get("matrix") or {}
+        fixed = {k: v for k, v in entry.items() if k not in ("use", "method", "matrix", *stage.inputs)}
+        if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
+            self.problem(
+                f"{label}: matrix must be lists of values by parameter, like {{sparsity: [0.5, 0.6]}}", *path, "matrix"
+            )
+            return False
+        for parameter in matrix:
+            if parameter in fixed:
+                self.problem(
+                    f"{label}: '{parameter}' is set and in the matrix too; drop one", *path, "matrix", parameter
+                )
+        checked: dict[tuple[Any, ...], Parameters | None] = {}
+        for values in expand_matrix(matrix):
+            where = (*path, "matrix") if values else path
+            checked[values] = self.parameters(stage, {**fixed, **dict(values)}, where, label)
+        if len(self.problems) > before:
+            return False
+
+        upstream = [self.instances[inputs[role]] for role, kind in stage.inputs.items() if kind != "tokens"]
+        for values, parameters in checked.items():
+            assert parameters is not None
+            for joined in join_instances(name, upstream, values):
+                node_inputs: dict[str, str] = {}
+                chosen = iter(joined.chosen)
+                root = ""
+                for role, kind in stage.inputs.items():
+                    if kind != "tokens":
+                        node_inputs[role] = next(chosen)
+                        root = root or self.nodes[node_inputs[role]].root
+                for role, kind in stage.inputs.items():
+                    if kind == "tokens":
+                        node_inputs[role] = self._tokens(inputs[role], root)
+                self.nodes[joined.instance.name] = Node(
+                    joined.instance.name, stage, parameters, node_inputs, self.document.line(*path), root
+                )
+                self.instances[name].append(joined.instance)
+        return True
+
+    def _check_reference(self, name: str, role: str, kind: str, value: Any, section: Mapping[str, Any]) -> None:
+        path: Path = ("stages", name, role)
+        label = f"stage '{name}'"
+        if kind == "tokens":
+            if value not in self.data and value not in self.broken:
+                if value in self.instances:
+                    self.problem(f"{label}: {role} must be a data entry, but '{value}' is a model", *path)
+                else:
+                    self.problem(
+                        f"{label}: {role} '{value}' is not under 'data'; {did_you_mean(str(value), sorted(self.data))}",
+                        *path,
+                    )
+            return
+        if self.instances.get(str(value)) or value in self.broken:
+            return
+        if value in self.data:
+            self.problem(f"{label}: {role} must be a model or a stage, but '{value}' is a data entry", *path)
+        elif value == name:
+            self.problem(f"{label} takes itself as {role}; name a model or a stage above it", *path)
+        elif value in section:
+            chain = _cycle(name, section)
+            if chain:
+                self.problem(f"stages {' -> '.join(chain)} form a cycle; one of them must start from a model", *path)
+            else:
+                self.problem(f"{label}: {role} '{value}' comes further down; move stage '{value}' above it", *path)
+        else:
+            known = sorted(self.instances.keys() - {name})
+            self.problem(
+                f"{label}: {role} '{value}' is neither a model nor a stage; {did_you_mean(str(value), known)}", *path
+            )
+
+    def _tokens(self, entry_name: str, root: str) -> str:
+        """The node that tokenizes a data entry for the model at the root of a branch."""
+        entry, line = self.data[entry_name]
+        models = [node for node in self.nodes.values() if node.stage.name == "source/model"]
+        name = entry_name if len(models) == 1 else f"{entry_name}@{root}"
+        if name not in self.nodes:
+            self.nodes[name] = Node(name, CATALOGUE["source/tokens"], entry.parameters, {"model": root}, line, root)
+        return name
+
+    def _evaluations(self) -> None:
+        section = self.value.get("evaluate")
+        if section is None:
+            return
+        if not isinstance(section, dict):
+            self.problem(
+                "'evaluate' must be a mapping, like {variants: [base], perplexity: {data: held_out}}", "evaluate"
+            )
+            return
+        known = methods("evaluate")
+        for key in section:
+            if key != "variants" and key not in known:
+                self.problem(f"unknown evaluation '{key}'; {did_you_mean(key, known)}", "evaluate", key)
+        variants = section.get("variants", list(self.instances))
+        if not isinstance(variants, list):
+            self.problem("variants must be a list of models and stages: [base, pruned]", "evaluate", "variants")
+            return
+        for index, variant in enumerate(variants):
+            path = ("evaluate", "variants", index)
+            if not self.instances.get(str(variant)):
+                if variant not in self.broken:
+                    names = sorted(self.instances)
+                    self.problem(
+                        f"variant '{variant}' is neither a model nor a stage; {did_you_mean(str(variant), names)}",
+                        *path,
+                    )
+                continue
+            for instance in self.instances[str(variant)]:
+                if self.nodes[instance.name].stage.output == "checkpoint":
+                    self.variants.append(instance.name)
+                    self.evaluations[instance.name] = tuple(self._evaluate(instance.name, section))
+        self._check_overlap(section)
+
+    def _evaluate(self, variant: str, section: Mapping[str, Any]) -> Iterator[str]:
+        settings = {"size": {}, **{key: value for key, value in section.items() if key in methods("evaluate")}}
+        for method, entry in settings.items():
+            stage = CATALOGUE[f"evaluate/{method}"]
+            path: Path = ("evaluate", method)
+            if not isinstance(entry, dict):
+                self.problem(f"evaluation '{method}' must be a mapping, like {{data: held_out}}", *path)
+                continue
+            inputs = {"model": variant}
+            complete = True
+            for role, kind in stage.inputs.items():
+                if kind == "tokens":
+                    if entry.get(role) in self.data:
+                        inputs[role] = self._tokens(entry[role], self.nodes[variant].root)
+                    else:
+                        complete = False
+                        if entry.get(role) not in self.broken:
+                            self.problem(
+                                f"evaluation '{method}' needs '{role}', an entry under 'data'; "
+                                f"{did_you_mean(str(entry.get(role)), sorted(self.data))}", *path, role,
+                            )  # fmt: skip
+            values = {key: value for key, value in entry.items() if key not in stage.inputs}
+            parameters = self.parameters(stage, values, path, f"evaluation '{method}'")
+            if complete and parameters is not None:
+                name = f"{variant}/{method}"
+                line = self.document.line(*path)
+                self.nodes[name] = Node(name, stage, parameters, inputs, line, self.nodes[variant].root)
+                yield name
+
+    def _check_overlap(self, section: Mapping[str, Any]) -> None:
+        held_out = {
+            entry["data"] for entry in section.values() if isinstance(entry, dict) and entry.get("data") in self.data
+        }
+        for first in held_out:
+            for second in self.calibrations.keys() & self.data.keys():
+                if self.data[first][0].overlaps(self.data[second][0]):
+                    self.problem(
+                        f"calibration '{second}' and evaluation data '{first}' are drawn from the same text, so windows could "
+                        "be in both; give them different splits (split: train, split: test) or sources",
+                        "data", first,
+                    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokensEntry:
+    """A data entry of the recipe."""
+
+    name: str
+    parameters: Any
+
+    def overlaps(self, other: TokensEntry) -> bool:
+        """Whether the two may draw the same text."""
+        mine, theirs = self.parameters, other.parameters
+        if (mine.source, mine.name) != (theirs.source, theirs.name):
+            return False
+        return mine.split == theirs.split or "all" in (mine.split, theirs.split)
+
+
+def _cycle(start: str, section: Mapping[str, Any]) -> list[str] | None:
+    """The names on a way from `start` back to itself over the `model:` inputs, if there is one."""
+    trail = [start]
+    while True:
+        entry = section.get(trail[-1])
+        following = entry.get("model") if isinstance(entry, dict) else None
+        if following == start:
+            return [*trail, start]
+        if not isinstance(following, str) or following in trail:
+            return None
+        trail.append(following)
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]

@@ -1,0 +1,359 @@
+"""The command line. Every command answers errors with one sentence on standard error and exit status 2.
+
+Exit status: 0 all well; 1 a stage failed (or `verify` found damage); 2 the request can't be carried out;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..storage.errors import ColdpressError
+
+
+def _answers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except ColdpressError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted: finished stages are kept, the one that ran is not; the same command goes on from there",
+                err=True,
+            )
+            sys.exit(130)
+
+    return wrapped
+
+
+store_option = click.option(
+    "--store", "store_url", metavar="URL", help="Folder or fsspec URL. [default: $COLDPRESS_STORE or .coldpress]"
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe: stages.pruned.sparsity=0.6"
+)
+only_option = click.option(
+    "--only", multiple=True, metavar="NAME", help="Only this stage, what it needs, and its evaluations."
+)
+
+
+def _store(url: str | None) -> Any:
+    from ..storage.store import Store
+
+    return Store(url) if url else Store.default()
+
+
+def _recipe(name: str, overrides: tuple[str, ...], only: tuple[str, ...]) -> Any:
+    from .recipe import load_recipe
+
+    recipe = load_recipe(name, overrides)
+    return recipe.only(only) if only else recipe
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="coldpress")
+@click.option("-v", "--verbose", is_flag=True, help="Log what libraries and the computing process say.")
+def main(verbose: bool) -> None:
+    """Compress large language models: a recipe's stages run on Prefect, every result is cached by content."""
+    # A handler of our own rather than the root logger's, which would repeat what Prefect says.
+    logger = logging.getLogger("coldpress")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+@main.command()
+@click.argument("recipe")
+@store_option
+@set_option
+@only_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes CUDA where there is some."
+)
+@click.option("--report", "report_folder", metavar="DIR", help="Where the report goes. [default: reports/<recipe>]")
+@_answers_errors
+def run(
+    recipe: str,
+    store_url: str | None,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    as_json: bool,
+    device: str,
+    report_folder: str | None,
+) -> None:
+    """Run RECIPE (a file, or the name of a shipped recipe); compute only what the store doesn't have."""
+    from rich.console import Console
+
+    from ..tasks.reporting.report import write_report
+    from .run import run_recipe
+    from .terminal import Terminal
+
+    checked = _recipe(recipe, overrides, only)
+    with Terminal(Console(stderr=True)) as terminal:
+        result = run_recipe(checked, _store(store_url), terminal, device=device)
+    document = result.to_json()
+    folder = report_folder or os.path.join("reports", checked.name)
+    document["report"] = write_report(document, folder)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        _print_table(document)
+    sys.exit(1 if result.failed else 0)
+
+
+def _print_table(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..tasks.reporting.report import COLUMNS, rows
+
+    table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column.title, justify=column.justify)  # type: ignore[arg-type]
+    for row in rows(document):
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if document["variants"]:
+        console.print(table)
+    states = [stage["state"] for stage in document["stages"]]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in ("computed", "cached", "failed", "skipped") if s in states)
+    console.print(f"{len(states)} stages: {counts}", highlight=False)
+    console.print(f"report: {document['report']}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.argument("recipe")
+@store_option
+@set_option
+@only_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@_answers_errors
+def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> None:
+    """Show RECIPE's DAG: each stage cached, to be run, or undecided until its inputs exist. Computes nothing."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .plan import disk_need, prepare
+
+    checked, store = _recipe(recipe, overrides, only), _store(store_url)
+    planned = prepare(checked, store)
+    if as_json:
+        entries = [
+            {
+                "name": name,
+                "stage": entry.node.stage.name,
+                "inputs": dict(entry.node.inputs),
+                "state": entry.state,
+                "key": entry.key,
+                "artifact": entry.action.artifact.id if entry.action else None,
+            }
+            for name, entry in planned.items()
+        ]
+        click.echo(json.dumps({"recipe": checked.name, "store": store.url, "stages": entries}, indent=2))
+        return
+    table = Table(title=f"{checked.name} on {store.url}", title_justify="left")
+    for title in ("stage", "does", "takes", "state", "artifact"):
+        table.add_column(title)
+    for name, entry in planned.items():
+        artifact = entry.action.artifact.short if entry.action else ""
+        inputs = escape(", ".join(entry.node.inputs.values()))
+        table.add_row(escape(name), entry.node.stage.name, inputs, entry.state, artifact)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    need = disk_need(planned, store)
+    if need:
+        console.print(f"up to {need / 1e6:.0f} MB more in the store", highlight=False)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("stage")
+@store_option
+@set_option
+@_answers_errors
+def why(recipe: str, stage: str, store_url: str | None, overrides: tuple[str, ...]) -> None:
+    """Say why STAGE of RECIPE is cached or not: what differs from the nearest earlier run."""
+    from ..tasks.catalogue import did_you_mean
+    from .plan import nearest_action, prepare
+
+    checked, store = _recipe(recipe, overrides, ()), _store(store_url)
+    planned = prepare(checked, store)
+    if stage not in planned:
+        raise ColdpressError(f"the recipe has no stage '{stage}'; {did_you_mean(stage, list(planned))}")
+    entry = planned[stage]
+    if entry.action is not None:
+        click.echo(f"{stage} is cached: key {entry.key[:12] if entry.key else ''}, artifact {entry.action.artifact.id}")
+        return
+    if entry.preimage is None:
+        waiting = [name for name in entry.node.inputs.values() if planned[name].action is None]
+        click.echo(f"{stage} is undecided: its key needs the results of {', '.join(waiting)}")
+        for name in waiting:
+            click.echo(f"see: coldpress why {recipe} {name}")
+        return
+    nearest = nearest_action(store, entry.node.stage.name, entry.preimage)
+    if nearest is None:
+        click.echo(f"{stage} will run: {entry.node.stage.name} has never run in {store.url}")
+        return
+    action, differences = nearest
+    earlier = f"{action.provenance.get('recipe', '?')}/{action.provenance.get('node', '?')}"
+    click.echo(f"{stage} will run. The nearest earlier result is {earlier} of {action.provenance.get('started', '?')}:")
+    if not differences:
+        click.echo("  the key is the same, but its artifact is missing or damaged (see coldpress verify)")
+    for difference in differences:
+        click.echo(f"  {difference.field}: now {_value(difference.now)}, then {_value(difference.then)}")
+
+
+def _value(value: Any) -> str:
+    return "(default)" if value is None else json.dumps(value)
+
+
+@main.command()
+@click.argument("name", required=False)
+@_answers_errors
+def stages(name: str | None) -> None:
+    """The catalogue: methods, parameters, defaults and papers. NAME is like prune or quantize/gptq."""
+    from ..tasks.catalogue import did_you_mean
+    from ..tasks.stage import CATALOGUE
+
+    chosen = [s for s in CATALOGUE.values() if name is None or name in (s.use, s.method, s.name)]
+    if not chosen:
+        raise ColdpressError(f"there is no stage '{name}'; {did_you_mean(str(name), list(CATALOGUE))}")
+    for stage in chosen:
+        click.secho(stage.name, bold=True, nl=False)
+        click.echo(f"  {stage.summary}")
+        if stage.paper:
+            click.echo(f"    paper: {stage.paper}")
+        if stage.inputs:
+            click.echo(f"    takes: {', '.join(f'{role} ({kind})' for role, kind in stage.inputs.items())}")
+        if name is None:
+            continue
+        for field, info in stage.parameters.model_fields.items():
+            needed = "required" if info.is_required() else f"default {info.default!r}"
+            click.echo(f"    {field}: {info.description} [{needed}]")
+    if name is None:
+        click.echo("\ncoldpress stages NAME shows the parameters")
+
+
+@main.command("ls")
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@_answers_errors
+def list_refs(store_url: str | None, as_json: bool) -> None:
+    """List the results that have names."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    store = _store(store_url)
+    refs = sorted(store.refs().items())
+    if as_json:
+        click.echo(json.dumps({name: {"kind": a.kind, "artifact": a.id} for name, a in refs}, indent=2))
+        return
+    if not refs:
+        click.echo(f"{store.url} holds nothing yet")
+        return
+    table = Table()
+    for title in ("name", "kind", "artifact"):
+        table.add_column(title)
+    table.add_column("size", justify="right")
+    for name, artifact in refs:
+        size = f"{store.manifest(artifact).stored_bytes() / 1e6:.1f} MB" if store.holds(artifact) else "damaged"
+        table.add_row(escape(name), artifact.kind, artifact.short, size)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@main.command()
+@click.argument("ref")
+@store_option
+@_answers_errors
+def show(ref: str, store_url: str | None) -> None:
+    """Show an artifact (a name, an id or its beginning) and how it came about, as JSON."""
+    store = _store(store_url)
+    artifact = store.resolve(ref)
+    manifest = store.manifest(artifact)
+    made_by = [action for action in store.actions() if action.artifact.id == artifact.id]
+    document: dict[str, Any] = {
+        "artifact": artifact.id,
+        "kind": artifact.kind,
+        "format": manifest.format,
+        "quantization": manifest.quantization,
+        "tensors": len(manifest.tensors),
+        "masks": len(manifest.masks),
+        "files": sorted(manifest.files),
+        "stored_bytes": manifest.stored_bytes(),
+        "made_by": [{"preimage": action.preimage, "provenance": action.provenance} for action in made_by],
+    }
+    if "metrics.json" in manifest.files:
+        document["metrics"] = json.loads(store.read_file(artifact, "metrics.json"))
+    click.echo(json.dumps(document, indent=2))
+
+
+@main.command()
+@click.argument("ref")
+@click.argument("folder", type=click.Path())
+@store_option
+@_answers_errors
+def export(ref: str, folder: str, store_url: str | None) -> None:
+    """Write a checkpoint as a plain Hugging Face folder."""
+    from ..storage.export import export as write
+
+    store = _store(store_url)
+    for name in write(store, store.resolve(ref), folder):
+        click.echo(os.path.join(folder, name))
+
+
+@main.command()
+@store_option
+@_answers_errors
+def verify(store_url: str | None) -> None:
+    """Hash everything in the store; report what is damaged and who needs it. Exit status 1 if something is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..storage.inspect import verify as check
+
+    store = _store(store_url)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("hashing blobs", total=None)
+        findings = check(store, lambda done, total: bar.update(task, completed=done, total=total))
+    for finding in findings:
+        needed = f" (needed by {', '.join(finding.needed_by)})" if finding.needed_by else ""
+        click.echo(f"{finding.path}: {finding.problem}{needed}")
+    if findings:
+        click.echo(f"{len(findings)} problems in {store.url}; running the recipes again recomputes what is gone")
+        sys.exit(1)
+    click.echo(f"{store.url} is sound")
+
+
+@main.command()
+@store_option
+@_answers_errors
+def du(store_url: str | None) -> None:
+    """How much room the store takes, and how much sharing saves."""
+    from ..storage.inspect import usage
+
+    used = usage(_store(store_url))
+    click.echo(f"{used.artifacts} artifacts, {used.logical / 1e6:.1f} MB if each were stored alone")
+    click.echo(f"{used.blobs} blobs, {used.stored / 1e6:.1f} MB stored")
+    click.echo(f"{used.unreferenced / 1e6:.1f} MB belong to no artifact")
+
+
+if __name__ == "__main__":
+    main()

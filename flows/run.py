@@ -1,0 +1,354 @@
+"""Running a recipe: each node a Prefect task, Prefect's graph the recipe's DAG.
+
+Prefect has the graph, the states and the scheduling; lookup, computing and publishing are ours. What passes between
+tasks is an artifact reference. A run that is wholly cached answers without Prefect, unless a server is configured.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage.artifacts import Artifact
+from ..storage.errors import ColdpressError
+from ..storage.store import Action, Store
+from ..tasks.stage import lookup
+from .plan import Planned, check_disk, prepare
+from .recipe import Node, Recipe
+from .terminal import Pace, Terminal
+from .worker import InProcess, Worker
+
+if TYPE_CHECKING:
+    from prefect import Flow, Task
+    from prefect.client.schemas.objects import State
+
+logger = logging.getLogger("coldpress")
+
+
+@dataclass
+class StageResult:
+    """How a node ended. state: cached, computed, failed, or skipped (something before it failed)."""
+
+    name: str
+    stage: str
+    state: str
+    key: str | None = None
+    artifact: Artifact | None = None
+    seconds: float | None = None  # of computing it, now or when it was computed
+    peak_memory_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass
+class RunResult:
+    """All that a run did. metrics: variant -> metric -> value."""
+
+    run: str
+    recipe: str
+    store: str
+    variants: tuple[str, ...]
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return any(result.state in ("failed", "skipped") for result in self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `run --json`."""
+        stages = [
+            {**vars(result), "artifact": result.artifact.id if result.artifact else None}
+            for result in self.stages.values()
+        ]
+        return {
+            "run": self.run,
+            "recipe": self.recipe,
+            "store": self.store,
+            "stages": stages,
+            "variants": list(self.variants),
+            "metrics": self.metrics,
+        }
+
+
+def run_recipe(recipe: Recipe, store: Store, terminal: Terminal, *, device: str = "auto", slots: int = 1) -> RunResult:
+    """Check, plan and run a recipe; failed branches don't stop the others. Raises RecipeError before anything runs."""
+    plan = prepare(recipe, store)
+    check_disk(plan, store)
+    # Sorted by time, unique without asking anyone.
+    run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    result = RunResult(run_id, recipe.name, store.url, recipe.variants)
+    result.stages = {node.name: StageResult(node.name, node.stage.name, "skipped") for node in recipe.nodes}
+    everything_cached = all(planned.action for planned in plan.values())
+    if everything_cached and not server_configured():
+        for planned in plan.values():
+            assert planned.action is not None
+            _record(result, planned.node, "cached", planned.action)
+            terminal.finish(planned.node.name, "cached", 0)
+    else:
+        _run_on_prefect(recipe, store, terminal, plan, result, device=device, slots=slots)
+    _collect_metrics(recipe, store, result)
+    for node in recipe.nodes:
+        artifact = result.stages[node.name].artifact
+        if artifact is not None:
+            store.set_ref(f"{recipe.name}/{node.name}", artifact)
+    record = {**result.to_json(), "text": recipe.text, "path": recipe.path, "overrides": list(recipe.overrides)}
+    store.save_run(run_id, record)
+    return result
+
+
+def server_configured() -> bool:
+    """Whether PREFECT_API_URL is set, in the environment or in Prefect's active profile. Does not import Prefect."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    try:
+        profiles = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ColdpressError(f"Prefect's {path} can't be read: {error}") from error
+    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
+    settings = profiles.get("profiles", {}).get(name, {})
+    return bool(settings.get("PREFECT_API_URL"))
+
+
+def _record(result: RunResult, node: Node, state: str, action: Action) -> None:
+    result.stages[node.name] = StageResult(
+        node.name,
+        node.stage.name,
+        state,
+        action.key,
+        action.artifact,
+        action.provenance.get("seconds"),
+        action.provenance.get("peak_memory_bytes"),
+    )
+
+
+def _collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
+    for variant in recipe.variants:
+        values: dict[str, Any] = {}
+        for name in recipe.evaluations.get(variant, ()):
+            artifact = result.stages[name].artifact
+            if artifact is not None:
+                found = json.loads(store.read_file(artifact, "metrics.json"))
+                values.update({key: value for key, value in found.items() if not isinstance(value, list)})
+        result.metrics[variant] = values
+
+
+def _configure_prefect() -> None:
+    """Quiet, and nothing phones home. Must come before Prefect is imported."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    # Prefect's own lines stay off the terminal; they still reach the server.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if not server_configured():
+        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+
+
+def _run_on_prefect(
+    recipe: Recipe,
+    store: Store,
+    terminal: Terminal,
+    plan: Mapping[str, Planned],
+    result: RunResult,
+    *,
+    device: str,
+    slots: int,
+) -> None:
+    workers: list[Worker | InProcess] = []
+    if not all(planned.action for planned in plan.values()):
+        kind = InProcess if store.url.startswith("memory://") else Worker
+        workers = [kind(device) for _ in range(slots)]  # their slow imports run while Prefect starts
+    try:
+        _configure_prefect()
+        import prefect
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        execution = _Execution(recipe, store, terminal, result, workers)
+        flow: Flow[Any, Any] = prefect.flow(
+            name=recipe.name,
+            flow_run_name=result.run,
+            task_runner=_task_runner(slots),
+            persist_result=False,
+            validate_parameters=False,
+        )(execution.flow)
+        # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
+        settings = {} if workers else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings(settings):
+            flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _task_runner(slots: int) -> Any:
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    # Nodes are submitted in an order in which inputs come first, so a full pool never waits for a queued node.
+    return ThreadPoolTaskRunner(max_workers=slots)
+
+
+class _Execution:
+    """One run: the flow's body and the body of its tasks, which share the store, the workers and the result."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        terminal: Terminal,
+        result: RunResult,
+        workers: Sequence[Worker | InProcess],
+    ) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.terminal = terminal
+        self.result = result
+        self._workers = workers
+        self._free = list(workers)
+        self._condition = threading.Condition()
+
+    def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
+        """The flow's body; its parameters are there to be seen on the dashboard."""
+        from prefect.states import Completed, Failed
+
+        futures: dict[str, Any] = {}
+        try:
+            for node in self.recipe.nodes:
+                inputs = {role: futures[name] for role, name in node.inputs.items()}
+                futures[node.name] = self._task(node).submit(node.name, **inputs)
+            for node in self.recipe.nodes:
+                futures[node.name].wait()
+                if self.result.stages[node.name].state == "skipped":
+                    self.terminal.finish(node.name, "skipped", 0, "something before it failed")
+        except BaseException:  # Ctrl-C or a signal: threads that wait for a worker must come free at once
+            for worker in self._workers:
+                worker.kill()
+            raise
+        failed = [name for name, entry in self.result.stages.items() if entry.state in ("failed", "skipped")]
+        if failed:
+            return Failed(
+                message=f"{len(failed)} of {len(self.recipe.nodes)} stages did not finish: {', '.join(failed)}"
+            )
+        return Completed(message="all stages finished")
+
+    def _task(self, node: Node) -> Task[Any, Any]:
+        import prefect
+
+        return prefect.task(
+            name=node.stage.name,
+            task_run_name=node.name,
+            tags=[node.stage.use],
+            persist_result=False,
+            cache_policy=prefect.cache_policies.NO_CACHE,
+        )(self._run_node)
+
+    def _run_node(self, stage_name: str, **inputs: Any) -> Any:
+        """A task's body: look up, else compute; returns the artifact's kind and id."""
+        from prefect.states import Completed
+
+        node = self.recipe.node(stage_name)
+        artifacts = {role: Artifact(*reference) for role, reference in inputs.items()}
+        began = time.perf_counter()
+        try:
+            action = lookup(self.store, node.stage, node.parameters, artifacts)
+            state = "cached" if action else "computed"
+            if action is None:
+                action = self._compute(node, artifacts)
+        except Exception as error:
+            self.result.stages[node.name] = StageResult(node.name, node.stage.name, "failed", error=str(error))
+            self.terminal.finish(node.name, "failed", 0, _with_line(self.recipe, node, error))
+            raise
+        _record(self.result, node, state, action)
+        self._show_artifact(node, action, state)
+        self.terminal.finish(node.name, state, time.perf_counter() - began)
+        reference = list(action.artifact)
+        return Completed(name="Cached", data=reference) if state == "cached" else reference
+
+    def _compute(self, node: Node, artifacts: Mapping[str, Artifact]) -> Action:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        shown: Any = None
+        pace = Pace()
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            self.terminal.advance(node.name, what, done, total)
+            percent = 100.0 * done / total
+            if shown is None:
+                shown = create_progress_artifact(
+                    percent, key=_slug(f"{self.recipe.name}-{node.name}-progress"), description=f"{node.name}: {what}"
+                )
+            else:
+                text = f"{node.name}: {pace.describe(what, done, total)}"
+                update_progress_artifact(shown, percent, description=text)
+
+        context = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name}
+        worker = self._take_worker()
+        try:
+            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress)
+        finally:
+            self._give_back(worker)
+
+    def _take_worker(self) -> Worker | InProcess:
+        with self._condition:
+            while not self._free:
+                self._condition.wait()
+            return self._free.pop()
+
+    def _give_back(self, worker: Worker | InProcess) -> None:
+        with self._condition:
+            self._free.append(worker)
+            self._condition.notify()
+
+    def _show_artifact(self, node: Node, action: Action, state: str) -> None:
+        from prefect.artifacts import create_markdown_artifact
+
+        create_markdown_artifact(
+            markdown=provenance_markdown(node, action, state),
+            key=_slug(f"{self.recipe.name}-{node.name}"),
+            description=f"{node.name} ({state})",
+        )
+
+
+def _with_line(recipe: Recipe, node: Node, error: Exception) -> str:
+    return f"{error} ({recipe.path}:{node.line})" if node.line else str(error)
+
+
+def _slug(text: str) -> str:
+    """A Prefect artifact key: small letters, digits and dashes."""
+    kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())
+    return "-".join(part for part in kept.split("-") if part)
+
+
+def provenance_markdown(node: Node, action: Action, state: str) -> str:
+    """What the dashboard shows of a stage's result."""
+    provenance = action.provenance
+    rows = [
+        ("stage", f"{node.stage.name} (version {node.stage.version})"),
+        ("state", state),
+        ("artifact", f"`{action.artifact.kind}` `{action.artifact.id}`"),
+        ("key", f"`{action.key}`"),
+        ("parameters", f"`{json.dumps(action.preimage['parameters'])}`"),
+        *((f"input {role}", f"`{artifact}`") for role, artifact in action.preimage["inputs"].items()),
+        ("computing took", f"{provenance.get('seconds', 0):.1f} s"),
+        ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),
+        ("device", f"{provenance.get('device')} on {provenance.get('host')}, {provenance.get('started')}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+        *(("warning", warning) for warning in provenance.get("warnings", [])),
+    ]
+    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
+    return "\n".join([f"### {node.name}", "", "| | |", "| --- | --- |", *lines])

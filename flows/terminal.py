@@ -1,0 +1,95 @@
+"""What a person sees while a recipe runs: a live bar for each running stage, a line for each finished one."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+MARKS = {"cached": "[cyan]=[/]", "computed": "[green]+[/]", "failed": "[red]x[/]", "skipped": "[yellow]-[/]"}
+# Without a terminal a line is written at most so often for each stage.
+SECONDS_BETWEEN_LINES = 20.0
+
+
+def remaining(seconds: float) -> str:
+    """ "4 min left"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min left"
+    return f"{seconds / 3600:.1f} h left"
+
+
+class Pace:
+    """Estimates the time left from the steps done so far."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def describe(self, what: str, done: int, total: int) -> str:
+        """ "pruning 17/32, 4 min left"."""
+        now = time.monotonic()
+        if self._start is None or done < self._start[1]:
+            self._start = (now, done)
+        began, first = self._start
+        text = f"{what} {done}/{total}"
+        if done > first and done < total:
+            text += ", " + remaining((now - began) / (done - first) * (total - done))
+        return text
+
+
+class Terminal:
+    """Thread-safe; writes to standard error, so that standard output stays for results."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("  [bold]{task.fields[stage]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._lock = threading.Lock()
+        self._bars: dict[str, TaskID] = {}
+        self._paces: dict[str, Pace] = {}
+        self._spoke: dict[str, float] = {}
+
+    def __enter__(self) -> Terminal:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.console.print(text, highlight=False)
+
+    def advance(self, stage: str, what: str, done: int, total: int) -> None:
+        """Progress of a running stage."""
+        with self._lock:
+            text = self._paces.setdefault(stage, Pace()).describe(what, done, total)
+            if self._live:
+                if stage not in self._bars:
+                    self._bars[stage] = self._progress.add_task(text, total=total, stage=escape(stage))
+                self._progress.update(self._bars[stage], description=text, completed=done, total=total)
+            elif time.monotonic() - self._spoke.setdefault(stage, time.monotonic()) > SECONDS_BETWEEN_LINES:
+                self._spoke[stage] = time.monotonic()
+                self.say(f"  {escape(stage)}: {text}")
+
+    def finish(self, stage: str, state: str, seconds: float, detail: str = "") -> None:
+        """A stage has ended."""
+        with self._lock:
+            if stage in self._bars:
+                self._progress.remove_task(self._bars.pop(stage))
+            took = f" in {seconds:.1f} s" if state == "computed" else ""
+            words = f": {escape(detail)}" if detail else ""
+            self.say(f"{MARKS[state]} [bold]{escape(stage)}[/] {state}{took}{words}")

@@ -1,0 +1,184 @@
+"""The process that computes: one for each device slot; a stage runs in its main thread, and torch lives there only.
+
+`python -m coldpress.flows.worker` reads one JSON request a line from standard input and answers with JSON lines: any
+number of `{"progress": …}`, then `{"done": …}` or `{"error": …}`. `Worker` is the other end. What libraries print goes
+to standard error, which `Worker` passes on to the log.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..storage.artifacts import Artifact
+from ..storage.errors import ColdpressError
+from ..storage.store import Action, Store
+from ..tasks.catalogue import stage_named
+from ..tasks.stage import Parameters, Run, Stage, StageError, compute
+
+logger = logging.getLogger("coldpress")
+
+Progress = Callable[[str, int, int], None]
+
+
+class WorkerDied(StageError):
+    """The worker process ended without an answer."""
+
+
+class Worker:
+    """A computing process, started at construction and used by one caller at a time."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._lock = threading.Lock()
+        self._last_words: collections.deque[str] = collections.deque(maxlen=30)
+        # A session of its own, so that Ctrl-C reaches the run first and it decides what happens here.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "coldpress.flows.worker", device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def compute(
+        self,
+        store: Store,
+        stage: Stage,
+        parameters: Parameters,
+        inputs: Mapping[str, Artifact],
+        context: Mapping[str, Any],
+        progress: Progress,
+    ) -> Action:
+        """Run a stage there. Raises what the stage raised: ColdpressError as it was, anything else as StageError."""
+        request = {
+            "store": store.url,
+            "stage": stage.name,
+            "parameters": parameters.model_dump(mode="json"),
+            "inputs": {role: list(artifact) for role, artifact in inputs.items()},
+            "context": dict(context),
+        }
+        with self._lock:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+            except BrokenPipeError as error:
+                raise self._obituary() from error
+            for line in self._process.stdout:
+                answer = json.loads(line)
+                if "progress" in answer:
+                    progress(*answer["progress"])
+                elif "error" in answer:
+                    logger.debug("%s", answer["traceback"])
+                    raise StageError(answer["error"])
+                else:
+                    return store.action(stage.name, answer["done"])
+            raise self._obituary()
+
+    def kill(self) -> None:
+        """End the process at once. What it had not published is as if it had never begun."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if line.strip():
+                self._last_words.append(line.rstrip())
+                logger.info("%s", line.rstrip())
+
+    def _obituary(self) -> WorkerDied:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return WorkerDied("the computing process was killed (by hand, or for lack of memory)")
+        last = "; its last words: " + " | ".join(list(self._last_words)[-3:]) if self._last_words else ""
+        return WorkerDied(f"the computing process ended with status {code}{last}")
+
+
+class InProcess:
+    """For `memory://` stores, which no other process can see: computes where it is called."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._lock = threading.Lock()
+
+    def compute(
+        self,
+        store: Store,
+        stage: Stage,
+        parameters: Parameters,
+        inputs: Mapping[str, Artifact],
+        context: Mapping[str, Any],
+        progress: Progress,
+    ) -> Action:
+        """As `Worker.compute`."""
+        with self._lock:
+            return compute(Run(store, _resolve_device(self.device), progress), stage, parameters, inputs, context)
+
+    def kill(self) -> None:
+        """Nothing to end."""
+
+
+def _resolve_device(device: str) -> str:
+    """ "auto" is CUDA where there is some, else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _answer(stream: Any, **message: Any) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+def _serve(device: str) -> None:
+    # Answers get a descriptor of their own; whatever else is printed goes to standard error.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    import transformers  # noqa: F401 (the slow import, done while the server starts)
+
+    device = _resolve_device(device)
+    stores: dict[str, Store] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        store = stores.setdefault(request["store"], Store(request["store"]))
+        stage = stage_named(request["stage"])
+        run = Run(store, device, lambda what, done, total: _answer(answers, progress=[what, done, total]))
+        try:
+            parameters = stage.parameters.model_validate(request["parameters"])
+            inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
+            action = compute(run, stage, parameters, inputs, request["context"])
+        except ColdpressError as error:
+            _answer(answers, error=str(error), traceback=traceback.format_exc())
+        except Exception as error:  # noqa: BLE001 (the process boundary: everything is reported, with its traceback)
+            trace = traceback.format_exc()
+            sys.stderr.write(trace)
+            sys.stderr.flush()
+            _answer(answers, error=f"{type(error).__name__}: {error}", traceback=trace)
+        else:
+            _answer(answers, done=action.key)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
