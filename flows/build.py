@@ -181,8 +181,8 @@ class Builder:
                 self.problem(f"{label} needs '{role}', the name of a {kind}; there is {', '.join(there)}", *path)
             else:
                 self._check_reference(name, role, kind, entry[role], section)
-        if "calibration" in inputs and not isinstance(inputs["calibration"], (dict, list)):
-            self.calibrations.setdefault(str(inputs["calibration"]), self.document.line(*path, "calibration"))
+        if isinstance(inputs.get("calibration"), str):
+            self.calibrations.setdefault(inputs["calibration"], self.document.line(*path, "calibration"))
         matrix = entry.get("matrix") or {}
         fixed = {k: v for k, v in entry.items() if k not in ("use", "method", "matrix", *stage.inputs)}
         if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
@@ -199,7 +199,7 @@ class Builder:
         for values in expand_matrix(matrix):
             where = (*path, "matrix") if values else path
             checked[values] = self.parameters(stage, {**fixed, **dict(values)}, where, label)
-        if len(self.problems) > before:
+        if len(self.problems) > before or any(name in self.broken for name in inputs.values()):
             return False
 
         upstream = [self.instances[inputs[role]] for role, kind in stage.inputs.items() if kind != "tokens"]
@@ -225,6 +225,9 @@ class Builder:
     def _check_reference(self, name: str, role: str, kind: str, value: Any, section: Mapping[str, Any]) -> None:
         path: Path = ("stages", name, role)
         label = f"stage '{name}'"
+        if not isinstance(value, str):
+            self.problem(f"{label}: {role} must be a name, but is {value!r}", *path)
+            return
         if kind == "tokens":
             if value not in self.data and value not in self.broken:
                 if value in self.instances:
@@ -282,7 +285,7 @@ class Builder:
         for index, variant in enumerate(variants):
             path = ("evaluate", "variants", index)
             if not self.instances.get(str(variant)):
-                if variant not in self.broken:
+                if str(variant) not in self.broken:
                     names = sorted(self.instances)
                     self.problem(
                         f"variant '{variant}' is neither a model nor a stage; {did_you_mean(str(variant), names)}",
@@ -307,11 +310,11 @@ class Builder:
             complete = True
             for role, kind in stage.inputs.items():
                 if kind == "tokens":
-                    if entry.get(role) in self.data:
+                    if str(entry.get(role)) in self.data:
                         inputs[role] = self._tokens(entry[role], self.nodes[variant].root)
                     else:
                         complete = False
-                        if entry.get(role) not in self.broken:
+                        if str(entry.get(role)) not in self.broken:
                             self.problem(
                                 f"evaluation '{method}' needs '{role}', an entry under 'data'; "
                                 f"{did_you_mean(str(entry.get(role)), sorted(self.data))}", *path, role,
@@ -326,14 +329,16 @@ class Builder:
 
     def _check_overlap(self, section: Mapping[str, Any]) -> None:
         held_out = {
-            entry["data"] for entry in section.values() if isinstance(entry, dict) and entry.get("data") in self.data
+            str(entry["data"])
+            for entry in section.values()
+            if isinstance(entry, dict) and str(entry.get("data")) in self.data
         }
         for first in held_out:
             for second in self.calibrations.keys() & self.data.keys():
                 if self.data[first][0].overlaps(self.data[second][0]):
                     self.problem(
-                        f"calibration '{second}' and evaluation data '{first}' are drawn from the same text, so windows could "
-                        "be in both; give them different splits (split: train, split: test) or sources",
+                        f"calibration '{second}' and evaluation data '{first}' are drawn from the same text, so "
+                        "windows could be in both; give them different splits (split: train, split: test) or sources",
                         "data", first,
                     )  # fmt: skip
 

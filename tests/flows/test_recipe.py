@@ -1,0 +1,178 @@
+"""Recipes are checked as a whole: every error at once, each with its line and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from coldpress.flows.plan import prepare
+from coldpress.flows.recipe import RecipeError, load_recipe
+from coldpress.storage.errors import ColdpressError
+from coldpress.storage.store import Store
+
+Change = Callable[[str, str], Path]
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """What is wrong with a recipe, from reading it alone or from its sources and shapes."""
+    with pytest.raises(RecipeError) as caught:
+        prepare(load_recipe(str(path), overrides), Store("memory://no-results-here"))
+    return caught.value.sentences()
+
+
+def test_the_nodes_come_in_an_order_in_which_inputs_are_first(tiny_recipe: Path) -> None:
+    nodes = load_recipe(str(tiny_recipe)).nodes
+    seen: set[str] = set()
+    for node in nodes:
+        assert set(node.inputs.values()) <= seen
+        seen.add(node.name)
+    assert {"base", "calibration", "held_out", "pruned", "gptq", "nf4", "gptq/perplexity", "base/size"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("method: wanda", "method: wandas", 7, "did you mean 'wanda'"),
+        ("use: prune", "use: prun", 7, "did you mean 'prune'"),
+        ("sparsity: 0.5", "sparsty: 0.5", 7, "did you mean 'sparsity'"),
+        ("sparsity: 0.5", "sparsity: 1.5", 7, "less than 1"),
+        ("sparsity: 0.5", "sparsity: much", 7, "valid number"),
+        (", sparsity: 0.5", "", 7, "say how much to prune"),
+        ("sparsity: 0.5", "pattern: 4:2", 7, "'2:4' keeps two in each four"),
+        ("sparsity: 0.5", "pattern: 3:5", 7, "needs rows that 5 divides"),
+        ("group_size: 32", "group_size: 48", 8, "32 or 64 would"),
+        ("group_size: 32", "bits: 5", 8, "bits"),
+        ("model: pruned, calibration", "model: nf4, calibration", 8, "comes further down"),
+        ("model: pruned, calibration", "model: gptq, calibration", 8, "takes itself"),
+        ("model: pruned, calibration", "model: prned, calibration", 8, "did you mean 'pruned'"),
+        ("model: pruned}", "model: gptq}", 9, "needs an unquantized model, but 'gptq' is packed"),
+        ("calibration: calibration, sparsity", "sparsity", 7, "needs 'calibration'"),
+        ("calibration: calibration, sparsity", "calibration: held, sparsity", 7, "did you mean 'held_out'"),
+        ("calibration: calibration, sparsity", "calibration: base, sparsity", 7, "must be a data entry"),
+        ("model: pruned}", "model: [pruned]}", 9, "must be a name"),
+        ("calibration: calibration, sparsity", "calibration: {a: 1}, sparsity", 7, "must be a name"),
+        ("{data: held_out}", "{data: [held_out]}", 12, "an entry under 'data'"),
+        ("variants: [base", "variants: [[base]", 11, "neither a model nor a stage"),
+        ("samples: 3, length: 32}\n  held", "samples: 0, length: 32}\n  held", 4, "samples"),
+        ("samples: 3, length: 32}\n  held", "samples: 99999, length: 32}\n  held", 4, "too few for 99999 windows"),
+        ("split: test, ", "", 5, "drawn from the same text"),
+        ("split: test", "split: tset", 5, "none of train, test, all"),
+        ("[base, pruned", "[bas, pruned", 11, "did you mean 'base'"),
+        ("perplexity:", "perplexty:", 12, "did you mean 'perplexity'"),
+        ("{data: held_out}", "{data: held}", 12, "did you mean 'held_out'"),
+        ("name: tiny", "name: a/b", 1, "a name of letters"),
+        ("stages:", "stage:", 6, "did you mean 'stages'"),
+        ("  nf4:", "  gptq:", 9, "there twice; the first is in line 8"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_a_remedy(
+    change: Change, old: str, new: str, line: int, says: str
+) -> None:
+    found = problems(change(old, new))
+    assert any(f":{line}: " in sentence and says in sentence for sentence in found), found
+
+
+def test_all_mistakes_are_reported_at_once(change: Change) -> None:
+    change("method: wanda", "method: wandas")
+    change("group_size: 32", "group: 32")
+    found = problems(change("{data: held_out}", "{data: held}"))
+    assert len(found) == 3
+
+
+def test_a_cycle_is_called_one(change: Change) -> None:
+    change("model: base, calibration", "model: gptq, calibration")
+    found = problems(change("model: pruned, calibration", "model: pruned, calibration"))
+    assert any("pruned -> gptq -> pruned form a cycle" in sentence for sentence in found)
+
+
+def test_a_missing_data_file_is_named(change: Change, text_file: str) -> None:
+    found = problems(change(f'{{source: "{text_file}", samples', "{source: ./nowhere.txt, samples"))
+    assert any("nowhere.txt' is neither a file nor a folder" in sentence and ":4: " in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(40)), "damaged"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickle"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}'),
+            "mixture",
+        ),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "coldpress knows"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_before_anything_runs(
+    change: Change,
+    copied: Callable[[str], Path],
+    tiny_model_folder: Callable[..., str],
+    damage: Callable[[Path], object],
+    says: str,
+) -> None:
+    folder = copied(tiny_model_folder("llama"))
+    damage(folder)
+    found = problems(change(tiny_model_folder("llama"), str(folder)))
+    assert any(":2: " in sentence and says in sentence for sentence in found), found
+
+
+def test_a_truncated_safetensors_is_refused(
+    change: Change, copied: Callable[[str], Path], tiny_model_folder: Callable[..., str]
+) -> None:
+    folder = copied(tiny_model_folder("llama"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1])
+    assert any("is damaged" in sentence for sentence in problems(change(tiny_model_folder("llama"), str(folder))))
+
+
+def test_set_changes_a_value_and_a_wrong_path_is_refused(tiny_recipe: Path) -> None:
+    recipe = load_recipe(str(tiny_recipe), ["stages.pruned.sparsity=0.6"])
+    assert recipe.node("pruned").parameters.model_dump()["sparsity"] == 0.6
+    assert any("did you mean 'pruned'" in sentence for sentence in problems(tiny_recipe, "stages.prund.sparsity=0.6"))
+
+
+def test_only_keeps_what_a_stage_needs_and_its_evaluations(tiny_recipe: Path) -> None:
+    recipe = load_recipe(str(tiny_recipe)).only(["nf4"])
+    assert {node.name for node in recipe.nodes} == {
+        "base", "calibration", "pruned", "nf4", "held_out", "nf4/size", "nf4/perplexity",
+    }  # fmt: skip
+    assert recipe.variants == ("nf4",)
+    with pytest.raises(ColdpressError, match="did you mean 'nf4'"):
+        load_recipe(str(tiny_recipe)).only(["nf44"])
+
+
+def test_a_matrix_fans_out_through_the_dag(change: Change) -> None:
+    recipe = load_recipe(str(change("sparsity: 0.5", "matrix: {sparsity: [0.5, 0.6]}")))
+    names = [node.name for node in recipe.nodes]
+    assert {"pruned[sparsity=0.5]", "pruned[sparsity=0.6]", "gptq[sparsity=0.6]", "nf4[sparsity=0.5]/size"} <= set(
+        names
+    )
+    assert recipe.node("gptq[sparsity=0.6]").inputs["model"] == "pruned[sparsity=0.6]"
+    assert names.count("calibration") == 1
+
+
+def test_two_models_have_tokens_of_their_own(change: Change, tiny_model_folder: Callable[..., str]) -> None:
+    folder = tiny_model_folder("llama")
+    change(f'model: {{source: "{folder}"}}', f'models: {{base: {{source: "{folder}"}}, other: {{source: "{folder}"}}}}')
+    recipe = load_recipe(
+        str(
+            change(
+                "nf4: {use: quantize, method: nf4, model: pruned}", "nf4: {use: quantize, method: nf4, model: other}"
+            )
+        )
+    )
+    assert recipe.node("pruned").inputs["calibration"] == "calibration@base"
+    assert recipe.node("nf4/perplexity").inputs["data"] == "held_out@other"
+
+
+def test_relative_paths_are_relative_to_the_recipe(change: Change, text_file: str, tmp_path: Path) -> None:
+    (tmp_path / "near.txt").write_text(Path(text_file).read_text())
+    recipe = load_recipe(str(change(f'calibration: {{source: "{text_file}"', "calibration: {source: near.txt")))
+    assert recipe.node("calibration").parameters.model_dump()["source"] == str(tmp_path / "near.txt")
+
+
+def test_a_shipped_recipe_is_found_by_its_name_and_a_misspelt_one_is_suggested() -> None:
+    assert load_recipe("smollm2-branching").name == "smollm2-branching"
+    with pytest.raises(ColdpressError, match="did you mean 'smollm2-branching'"):
+        load_recipe("smollm2-branchin")

@@ -1,0 +1,202 @@
+"""Running a recipe on Prefect: states, references, artifacts, failures, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coldpress.flows.recipe import load_recipe
+from coldpress.flows.run import RunResult, run_recipe, server_configured
+from coldpress.flows.terminal import Terminal
+from coldpress.storage.inspect import verify
+from coldpress.storage.store import Store
+
+Run = Callable[..., RunResult]
+
+
+@pytest.fixture
+def run(prefect_server: None, tiny_recipe: Path, quiet_terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(store, *overrides)`: the tiny recipe, reporting to the tests' server."""
+    monkeypatch.setattr("coldpress.flows.run.server_configured", lambda: True)
+
+    def start(store: Store, *overrides: str) -> RunResult:
+        return run_recipe(load_recipe(str(tiny_recipe), overrides), store, quiet_terminal, device="cpu")
+
+    return start
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> Store:
+    """A store that only this process sees, so that stages are computed in it."""
+    return Store(f"memory://{request.node.name}-{os.getpid()}")
+
+
+def states(result: RunResult) -> dict[str, str]:
+    return {name: entry.state for name, entry in result.stages.items()}
+
+
+def asked_of_prefect(path: str, **query: Any) -> Any:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client._client.post(path, json=query).json()
+
+
+def task_runs(result: RunResult) -> dict[str, dict[str, Any]]:
+    """Task run name -> task run, as the server has them once all events have arrived."""
+    query = {"flow_runs": {"name": {"any_": [result.run]}}, "limit": 200}
+    for _ in range(100):
+        found = {entry["name"]: entry for entry in asked_of_prefect("/task_runs/filter", **query)}
+        if len(found) == len(result.stages) and all(entry["state_type"] == "COMPLETED" for entry in found.values()):
+            break
+        time.sleep(0.2)
+    return found
+
+
+def test_a_second_run_computes_nothing_and_finds_the_same_artifacts(run: Run, memory: Store) -> None:
+    first, second = run(memory), run(memory)
+    assert set(states(first).values()) == {"computed"}
+    assert set(states(second).values()) == {"cached"}
+    assert {n: e.artifact for n, e in first.stages.items()} == {n: e.artifact for n, e in second.stages.items()}
+    assert first.metrics == second.metrics
+    assert set(first.metrics) == {"base", "pruned", "gptq", "nf4"}
+    assert first.metrics["gptq"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_dashboard_shows_the_dag_with_the_stages_own_names_and_cached_states(run: Run, memory: Store) -> None:
+    result = run(memory)
+    shown = task_runs(result)
+    assert set(shown) == set(result.stages)
+    ids = {entry["id"]: name for name, entry in shown.items()}
+    arrows = {ids[i["id"]] for sources in shown["gptq"]["task_inputs"].values() for i in sources if "id" in i}
+    assert arrows == {"pruned", "calibration"}
+    assert {entry["state_name"] for entry in task_runs(run(memory)).values()} == {"Cached"}
+
+
+def test_every_stage_links_its_artifact_and_block_stages_show_progress(run: Run, memory: Store) -> None:
+    result = run(memory)
+    ids = {entry["id"]: name for name, entry in task_runs(result).items()}
+    artifacts = asked_of_prefect("/artifacts/filter", artifacts={"task_run_id": {"any_": list(ids)}}, limit=200)
+    markdown = {ids[a["task_run_id"]]: a["data"] for a in artifacts if a["type"] == "markdown"}
+    assert set(markdown) == set(result.stages)
+    for name, text in markdown.items():
+        artifact = result.stages[name].artifact
+        assert artifact is not None
+        assert artifact.id in text
+    progress = {ids[a["task_run_id"]]: a["data"] for a in artifacts if a["type"] == "progress"}
+    assert progress["pruned"] == 100.0
+    assert progress["gptq"] == 100.0
+
+
+def test_changing_one_stage_recomputes_it_and_what_follows(run: Run, memory: Store) -> None:
+    run(memory)
+    changed = states(run(memory, "stages.pruned.sparsity=0.6"))
+    assert changed["base"] == changed["calibration"] == changed["base/perplexity"] == "cached"
+    assert changed["pruned"] == changed["gptq"] == changed["nf4/size"] == "computed"
+
+
+def test_a_failed_branch_leaves_the_others_running(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coldpress.tasks.quantization import nf4_format
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(nf4_format, "pack", fail)
+    result = run(memory)
+    ended = states(result)
+    assert ended["nf4"] == "failed"
+    assert "no such kernel" in str(result.stages["nf4"].error)
+    assert ended["nf4/size"] == ended["nf4/perplexity"] == "skipped"
+    assert ended["gptq/perplexity"] == "computed"
+    assert result.failed
+    assert verify(memory) == []
+    monkeypatch.undo()
+    assert lookup_is_absent(memory, "quantize/nf4")
+
+
+def lookup_is_absent(store: Store, stage: str) -> bool:
+    return not list(store.actions(stage))
+
+
+def test_two_stores_get_the_same_artifact_ids(run: Run, memory: Store, new_store: Callable[[], Store]) -> None:
+    """One computed in this process, one in a computing process of its own."""
+    here, there = run(memory), run(new_store())
+    assert {n: e.artifact for n, e in here.stages.items()} == {n: e.artifact for n, e in there.stages.items()}
+
+
+COMMAND = [sys.executable, "-m", "coldpress.flows.cli", "run"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """A home without Prefect settings, and no server."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "COLDPRESS_"))}
+    return {**kept, "PREFECT_HOME": str(folder / "prefect"), "HOME": str(folder)}
+
+
+def test_an_interrupted_run_leaves_nothing_half_published_and_goes_on_later(tiny_recipe: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, str(tiny_recipe), "--store", str(tmp_path / "store"), "--json"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    store = Store(str(tmp_path / "store"))
+    deadline = time.monotonic() + 120
+    while not list(store.actions("source/model")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished stages are kept" in said
+    assert verify(store) == []
+
+    again = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=True)
+    document = json.loads(again.stdout)
+    ended = {stage["name"]: stage["state"] for stage in document["stages"]}
+    assert ended["base"] == "cached"
+    assert ended["nf4/perplexity"] == "computed"
+    assert set(document["metrics"]["nf4"]) >= {"perplexity", "sparsity", "bits_per_weight", "size_bytes"}
+
+    # Everything is there now: the answer needs neither torch nor Prefect.
+    probe = (
+        "import sys, coldpress.flows.cli as cli\n"
+        f"sys.argv = ['coldpress', 'run', {str(tiny_recipe)!r}, '--store', {str(tmp_path / 'store')!r}]\n"
+        "try: cli.main()\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        "print('imported', sorted({'torch', 'transformers', 'prefect'} & set(sys.modules)))\n"
+    )
+    cached = subprocess.run(
+        [sys.executable, "-c", probe],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "imported []" in cached.stdout
+    assert "perplexity" in cached.stdout
+    assert "report.html" in cached.stdout
+
+
+def test_a_configured_server_is_seen_in_the_environment_and_in_prefects_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_PROFILES_PATH", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    assert not server_configured()
+    (tmp_path / "profiles.toml").write_text(
+        'active = "lab"\n[profiles.lab]\nPREFECT_API_URL = "http://127.0.0.1:4200/api"\n[profiles.none]\n'
+    )
+    assert server_configured()
+    monkeypatch.setenv("PREFECT_PROFILE", "none")
+    assert not server_configured()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    assert server_configured()

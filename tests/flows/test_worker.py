@@ -1,0 +1,61 @@
+"""The computing process: answers, errors, death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from coldpress.flows.worker import Worker, WorkerDied
+from coldpress.storage.errors import ColdpressError
+from coldpress.storage.store import Store
+from coldpress.tasks.catalogue import stage_named
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker("cpu")
+    yield worker
+    worker.kill()
+
+
+def test_a_worker_computes_reports_progress_and_passes_errors_on_as_sentences(
+    worker: Worker, store: Store, tiny_model_folder: Callable[..., str]
+) -> None:
+    stage = stage_named("source/model")
+    steps: list[tuple[str, int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        steps.append((what, done, total))
+
+    action = worker.compute(
+        store, stage, stage.parameters(source=tiny_model_folder("llama")), {}, {"run": "r1"}, progress
+    )
+    assert store.holds(action.artifact)
+    assert action.provenance["run"] == "r1"
+    assert action.provenance["peak_memory_bytes"] > 50e6
+    assert steps[-1] == ("reading", 4, 4)
+    with pytest.raises(ColdpressError, match="is neither a file nor a folder"):
+        worker.compute(store, stage, stage.parameters(source="./nowhere"), {}, {}, progress)
+    # it lives on
+    again = worker.compute(
+        store, stage, stage.parameters(source=tiny_model_folder("llama"), dtype="bfloat16"), {}, {}, progress
+    )
+    assert again.artifact != action.artifact
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(
+    worker: Worker, store: Store, tiny_model_folder: Callable[..., str]
+) -> None:
+    stage = stage_named("source/model")
+    parameters = stage.parameters(source=tiny_model_folder("llama"))
+
+    def compute_for_ever() -> None:
+        while True:
+            worker.compute(store, stage, parameters, {}, {}, lambda what, done, total: None)
+
+    threading.Timer(0.5, lambda: os.kill(worker._process.pid, signal.SIGKILL)).start()
+    with pytest.raises(WorkerDied, match="killed"):
+        compute_for_ever()
