@@ -146,7 +146,7 @@ class Skeleton:
                 handle.remove()
 
     def finish(self, outer: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """What the head reads, [1, length, features]: the last block's output, [1, length, hidden], after the final norm."""
+        """What the head reads, [1, length, features], for the last block's output [1, length, hidden]."""
         with self._passing(hidden), self._weights(outer):
             output = self.model.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
         return output.last_hidden_state
@@ -224,7 +224,7 @@ def _ignoring_stop() -> Iterator[None]:
 
 
 def build_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A `transformers` causal language model with real buffers and parameters on the meta device, in evaluation mode."""
+    """A `transformers` causal language model with real buffers, parameters on the meta device, evaluation mode."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -329,7 +329,7 @@ def run_blocks(
     """Take every block through `change` and give the results to `writer`.
 
     what: the activity's name in progress reports ("pruning"). windows: calibration token ids [windows, length];
-    without them nothing is propagated. statistic: makes one for in_features, for each distinct input of the block's linears.
+    without them nothing is propagated. statistic: makes one for in_features, for each distinct input of the linears.
     dtype: of the calibration pass. format, quantization: how the changed tensors are packed.
     """
     dtype = dtype or model.dtype

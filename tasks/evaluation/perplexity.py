@@ -40,7 +40,7 @@ class PerplexityParameters(Parameters):
     paper="protocol of SparseGPT and Wanda: non-overlapping windows, exp of the mean of window means",
 )
 def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data: Artifact) -> Artifact:
-    """exp(mean over windows of the mean cross-entropy of the next token), with the weights the stored bytes stand for."""
+    """exp(mean over windows of the mean cross-entropy of the next token), on the weights as stored."""
     import math
 
     import torch

@@ -154,7 +154,8 @@ def weight_files(folder: str) -> list[str]:
     if pickles:
         raise SourceError(
             f"{folder} has only pickle checkpoints ({pickles[0]}), which can run code when loaded and are refused; "
-            "use a revision with safetensors (on the Hub often revision: refs/pr/<number>) or convert it with save_pretrained"
+            "use a revision with safetensors (on the Hub often revision: refs/pr/<number>), or convert it "
+            "with save_pretrained"
         )
     raise SourceError(f"{folder} has no safetensors files")
 
