@@ -220,8 +220,10 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
     if revision and _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+    # The error for "no connection" belongs to whatever HTTP library this version of the Hub client is built on.
+    http_error = HfHubHTTPError.__bases__[0]
     try:
         info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
         return str(info.sha)
@@ -229,7 +231,7 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
         raise SourceError(
             f"source {repo!r} is neither a local path nor a {kind} on the Hub (a private one needs HF_TOKEN)"
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (http_error, OSError) as error:
         cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "refs" / (revision or "main")
         if cached.is_file():
             return cached.read_text().strip()

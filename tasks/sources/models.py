@@ -14,7 +14,7 @@ from pydantic import Field
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..architectures import Family, family_of
 from ..stage import Parameters, Run, json_file, stage
-from .locate import MODEL_FILES, SourceError, check_model, locate, model_content, weight_files
+from .locate import MODEL_FILES, SourceError, check_model, hub_commit, locate, model_content, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -131,17 +131,15 @@ def _open(parameters: ModelParameters) -> Opened:
         case "folder":
             return _open_folder(located.path)
         case "hub":
-            return _open_folder(_download(located.path, parameters.revision))
+            return _open_folder(_download(located.path, hub_commit(located.path, parameters.revision, "model")))
 
 
-def _download(repo: str, revision: str | None) -> str:
+def _download(repo: str, commit: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(
-            repo, revision=revision, allow_patterns=["*.safetensors", "*.index.json", *MODEL_FILES]
-        )
+        return snapshot_download(repo, revision=commit, allow_patterns=["*.safetensors", "*.index.json", *MODEL_FILES])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(f"could not download {repo}: {error}") from error
 

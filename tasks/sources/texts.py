@@ -135,7 +135,8 @@ def _hub_documents(source: str, split: str, field: str, name: str | None, revisi
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, name, split=split, revision=revision, streaming=True)
+        commit = hub_commit(source, revision, "dataset")
+        loaded = datasets.load_dataset(source, name, split=split, revision=commit, streaming=True)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"could not load split {split!r} of data set {source!r}: {error}") from error
     for record in loaded:

@@ -1,0 +1,119 @@
+"""The GPTQ stage against GPTQModel's own `quantize()`: SmolLM2, 4 bit, groups of 64, 16 x 512 calibration tokens.
+
+Both start from the same float32 checkpoint and see the same windows; symmetric grids, damping 0.01, no activation
+order of either kind. Both results are imported from the folders they were saved to and scored by the same code in
+float32, on 24 held-out windows of 512. Each side quantizes in a process of its own, in the order ours, theirs, ours.
+GPTQModel's default is to collect statistics anew after each group of layers (`true_sequential`), which coldpress does
+not; quality is compared with that default. Its seconds are those of `quantize()` alone, without loading or saving.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .measuring import Row, in_fresh_process, ratio, timed
+
+BITS, GROUP_SIZE, DAMPING = 4, 64, 0.01
+
+
+def measure() -> list[Row]:
+    """All rows of this benchmark."""
+    model, calibration, held_out = in_fresh_process(prepare)
+    first = in_fresh_process(ours, model, calibration, "ours")
+    theirs = in_fresh_process(gptqmodel, calibration, "theirs")
+    second = in_fresh_process(ours, model, calibration, "ours-again")
+    perplexity = in_fresh_process(score, model, held_out)
+    seconds = (first["seconds"] + second["seconds"]) / 2
+    return [
+        Row(
+            "GPTQ perplexity / GPTQModel's",
+            perplexity["ours"] / perplexity["theirs"],
+            "x",
+            1.01,
+            f"{perplexity['ours']:.3f} / {perplexity['theirs']:.3f}, dense {perplexity['dense']:.3f}",
+        ),
+        ratio("GPTQ stage / GPTQModel's quantize()", seconds, theirs["seconds"], 0.5),
+        Row("GPTQ stage, peak memory", first["peak"] / 1e9, "GB"),
+        Row("GPTQModel's quantize(), peak memory", theirs["peak"] / 1e9, "GB"),
+    ]
+
+
+def prepare() -> list[Any]:
+    """The dense model, calibration and held-out windows in the store "store"; the model as the folder "dense"."""
+    from coldpress.storage.export import export
+    from coldpress.storage.store import Store
+
+    from .smollm2 import CALIBRATION, HELD_OUT, import_model, import_windows
+
+    store = Store("store")
+    model = import_model(store, "float32")
+    list(export(store, model, "dense"))
+    return [model, import_windows(store, model, CALIBRATION), import_windows(store, model, HELD_OUT)]
+
+
+def ours(model: list[str], calibration: list[str], folder: str) -> dict[str, float]:
+    """Quantize with the stage, in a fresh copy of the store; export to `folder`."""
+    from pathlib import Path
+
+    import transformers  # noqa: F401 (imports don't count)
+    from coldpress.storage.artifacts import Artifact
+    from coldpress.storage.export import export
+    from coldpress.storage.store import Action, Store
+
+    from .smollm2 import fresh_copy, run_stage
+
+    store = fresh_copy(Store("store"), Path(f"store-{folder}"))
+    inputs = {"model": Artifact(*model), "calibration": Artifact(*calibration)}  # type: ignore[arg-type]
+    settings = {"bits": BITS, "group_size": GROUP_SIZE, "damping": DAMPING}
+    made: list[Action] = []
+    seconds = timed(lambda: made.append(run_stage(store, "quantize/gptq", inputs, **settings)))
+    list(export(store, made[0].artifact, folder))
+    return {"seconds": seconds, "peak": made[0].provenance["peak_memory_bytes"]}
+
+
+def gptqmodel(calibration: list[str], folder: str) -> dict[str, float]:
+    """Quantize with GPTQModel; save to `folder`."""
+    import os
+
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its thread pool fails on a small machine without it
+    import torch
+    from coldpress.storage.artifacts import Artifact, ArtifactReader
+    from coldpress.storage.store import Store
+    from coldpress.tasks.stage import PeakMemory
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    with ArtifactReader(Store("store"), Artifact(*calibration)) as reader:  # type: ignore[arg-type]
+        windows = reader.tensors(["input_ids"])["input_ids"].long()
+    config = QuantizeConfig(
+        bits=BITS, group_size=GROUP_SIZE, damp_percent=DAMPING, sym=True, desc_act=False, act_group_aware=False
+    )
+    model = GPTQModel.load("dense", config, dtype=torch.float32, device="cpu")
+    samples = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
+    memory = PeakMemory("cpu")
+    seconds = timed(lambda: model.quantize(samples, batch_size=1))
+    peak = memory.reading()["peak_memory_bytes"]
+    model.save(folder)
+    return {"seconds": seconds, "peak": peak}
+
+
+def score(model: list[str], held_out: list[str]) -> dict[str, float]:
+    """Held-out perplexity of the dense model and of both folders, all by the same stage in float32."""
+    import json
+
+    from coldpress.storage.artifacts import Artifact
+    from coldpress.storage.store import Store
+
+    from .smollm2 import import_model, run_stage
+
+    store = Store("store")
+    data = Artifact(*held_out)  # type: ignore[arg-type]
+    models = {
+        "dense": Artifact(*model),  # type: ignore[arg-type]
+        "ours": import_model(store, "float32", "ours"),
+        "theirs": import_model(store, "float32", "theirs"),
+    }
+    result = {}
+    for name, artifact in models.items():
+        metrics = run_stage(store, "evaluate/perplexity", {"model": artifact, "data": data}, dtype="float32").artifact
+        result[name] = json.loads(store.read_file(metrics, "metrics.json"))["perplexity"]
+    return result

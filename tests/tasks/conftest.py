@@ -1,0 +1,73 @@
+"""Fixtures for the tests of stages: whole `transformers` models, and the block loop's logits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from coldpress.storage.artifacts import Artifact
+from coldpress.storage.store import Store
+from coldpress.tasks.blocks import Skeleton, StoredModel, stream_hidden
+from coldpress.tasks.stage import Run
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
+
+
+@pytest.fixture
+def blocks_of() -> Callable[[str], str]:
+    """Name of the module list that holds a family's blocks."""
+    return lambda family: BLOCKS.get(family, "model.layers")
+
+
+@pytest.fixture
+def whole_model(tiny_model_folder: Callable[..., str]) -> Callable[..., Any]:
+    """`whole_model("llama", **changes)`: the tiny model as `transformers` loads it, in float32 unless told."""
+
+    def load(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        folder = tiny_model_folder(family, **changes)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+    return load
+
+
+@pytest.fixture
+def windows(read_tensors: Callable[..., dict[str, Tensor]]) -> Callable[[Artifact], Tensor]:
+    """The token ids [windows, length] of a tokens artifact."""
+    return lambda tokens: read_tensors(tokens)["input_ids"].long()
+
+
+@pytest.fixture
+def block_loop_logits(store: Store) -> Callable[..., Tensor]:
+    """`block_loop_logits(model, windows)`: logits [windows, length, vocabulary], a block at a time."""
+
+    @torch.no_grad()
+    def logits(model: Artifact, windows: Tensor, on: Store | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        run = Run(on or store)
+        with StoredModel(run, model) as stored:
+            skeleton = Skeleton(stored.config, dtype or stored.dtype, run.device)
+            hidden, outer = stream_hidden(run, stored, skeleton, windows, "testing")
+            return torch.cat([skeleton.logits(outer, skeleton.finish(outer, inputs[None])) for inputs in hidden])
+
+    return logits
+
+
+@pytest.fixture
+def fresh_process() -> Callable[..., None]:
+    """`fresh_process(script, *arguments)`: runs Python code in a process of its own, which must succeed."""
+
+    def run(script: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run

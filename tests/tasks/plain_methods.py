@@ -1,0 +1,221 @@
+"""The methods once more, as plainly as they can be written, on whole `transformers` models.
+
+Nothing here uses coldpress: these are what its results are compared with. Slow, and all weights in memory at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Enough(Exception):
+    """Ends a forward pass when the block of interest is done."""
+
+
+@torch.no_grad()
+def linear_inputs(model: Any, blocks: str, index: int, windows: Tensor) -> dict[str, list[Tensor]]:
+    """{weight name: inputs [tokens, in_features] of each window} of all linear layers in block `index`.
+
+    blocks: name of the module list, "model.layers".
+    """
+    block = model.get_submodule(f"{blocks}.{index}")
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.setdefault(f"{blocks}.{index}.{name}.weight", []).append(inputs[0].flatten(0, -2).clone())
+
+        return hook
+
+    def stop(*_: Any) -> None:
+        raise Enough
+
+    handles = [
+        module.register_forward_pre_hook(keep(name))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    handles.append(block.register_forward_hook(stop))
+    for window in windows:
+        try:
+            model(window[None], use_cache=False)
+        except Enough:
+            continue
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def progressively(model: Any, blocks: str, windows: Tensor) -> Iterator[dict[str, list[Tensor]]]:
+    """`linear_inputs` of one block after the other; each sees what the caller did to those before it."""
+    for index in range(len(model.get_submodule(blocks))):
+        yield linear_inputs(model, blocks, index, windows)
+
+
+@torch.no_grad()
+def wanda(model: Any, blocks: str, windows: Tensor, sparsity: float) -> dict[str, Tensor]:
+    """Prune `model` in place as in Sun et al. 2023, algorithm 1; returns {weight name: mask, True where kept}."""
+    masks = {}
+    for inputs in progressively(model, blocks, windows):
+        for name, windows_of_inputs in inputs.items():
+            weight = model.get_parameter(name)
+            norm = torch.cat(windows_of_inputs).pow(2).sum(0).sqrt()
+            order = torch.sort(weight.abs() * norm, dim=1, stable=True).indices
+            mask = torch.ones_like(weight, dtype=torch.bool)
+            mask.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], False)
+            weight *= mask
+            masks[name] = mask
+    return masks
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Tensor) -> float:
+    """exp of the mean over windows of the mean cross-entropy of tokens 1, 2, …"""
+    losses = []
+    for window in windows:
+        log_probabilities = model(window[None], use_cache=False).logits[0].double().log_softmax(-1)
+        targets = window[1:]
+        losses.append(-log_probabilities[:-1].gather(1, targets[:, None]).mean().item())
+    return math.exp(sum(losses) / len(losses))
+
+
+# GPTQ
+
+
+def grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale (a float16 number) and zero point of each row of [rows, columns], spanning its values and zero."""
+    steps = 2**bits - 1
+    scales, zeros = [], []
+    for row in weight.tolist():
+        low, high = min(0.0, *row), max(0.0, *row)
+        if symmetric:
+            low, high = -max(-low, high), max(-low, high)
+        if low == high:
+            low, high = -1.0, 1.0
+        scale = torch.tensor((high - low) / steps, dtype=torch.float64).half().double().item()
+        scales.append(scale)
+        zeros.append((steps + 1) // 2 if symmetric else min(max(round(-low / scale), 0), steps))
+    return torch.tensor(scales, dtype=torch.float64), torch.tensor(zeros, dtype=torch.float64)
+
+
+def nearest(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes of the values of one column, [rows]."""
+    return (torch.round(values / scale) + zero).clamp(0, 2**bits - 1)
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    """What plain rounding, without GPTQ, makes of a weight; float64."""
+    result = weight.double().clone()
+    for start in range(0, weight.shape[1], group_size):
+        scale, zero = grid(result[:, start : start + group_size], bits, symmetric)
+        for column in range(start, start + group_size):
+            result[:, column] = (nearest(result[:, column], scale, zero, bits) - zero) * scale
+    return result
+
+
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool,
+    static_groups: bool,
+    damping: float,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimal brain quantization, column by column in float64: codes [rows, columns], scales and zeros [groups, rows].
+
+    Every step spreads the column's error over all columns that are left, by the inverse Hessian of these, and then
+    takes the column out of that inverse (Frantar et al. 2022, eq. 2 and 3). No Cholesky factor, no blocks of columns.
+    """
+    work = weight.double().clone()
+    hessian = gram.double().clone()
+    columns = work.shape[1]
+    size = columns if group_size == -1 else group_size
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    work[:, dead] = 0
+    order = list(range(columns))
+    if act_order:
+        order.sort(key=lambda column: -hessian[column, column].item())
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    inverse = torch.linalg.inv(hessian)
+
+    grids: dict[int, tuple[Tensor, Tensor]] = {}
+    if static_groups:
+        grids = {
+            group: grid(work[:, group * size : (group + 1) * size], bits, symmetric) for group in range(columns // size)
+        }
+    codes = torch.empty_like(work)
+    for position, column in enumerate(order):
+        group = column // size if static_groups else position // size
+        if group not in grids:
+            grids[group] = grid(work[:, order[position : position + size]], bits, symmetric)
+        scale, zero = grids[group]
+        code = nearest(work[:, column], scale, zero, bits)
+        if keep is not None:
+            code = torch.where(keep[:, column], code, zero)
+        codes[:, column] = code
+        error = (work[:, column] - (code - zero) * scale) / inverse[column, column]
+        work -= error[:, None] * inverse[column]
+        inverse -= torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+        inverse[column, :] = 0
+        inverse[:, column] = 0
+        inverse[column, column] = 1  # never used again
+    scales = torch.stack([grids[group][0] for group in range(len(grids))])
+    zeros = torch.stack([grids[group][1] for group in range(len(grids))])
+    return codes, scales, zeros
+
+
+def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int) -> Tensor:
+    """The float32 weight [out_features, in_features] of a layer in GPTQ's checkpoint format, number by number."""
+    qweight, qzeros = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
+    scales, g_idx = tensors[f"{module}.scales"].float(), tensors[f"{module}.g_idx"].tolist()
+    lanes, top = 32 // bits, 2**bits - 1
+    words, zero_words = qweight.tolist(), qzeros.tolist()
+    steps = [
+        [
+            ((words[column // lanes][row] >> (bits * (column % lanes))) & top)
+            - (((zero_words[group][row // lanes] >> (bits * (row % lanes))) & top) + 1)
+            for column, group in enumerate(g_idx)
+        ]
+        for row in range(qweight.shape[1])
+    ]
+    return torch.tensor(steps).float() * scales[g_idx].T
+
+
+# NF4
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Dettmers et al. 2023, appendix E."""
+
+
+def nf4_weight(codes: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
+    """The float32 weight for packed codes, two a byte, the first in the high half."""
+    halves = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten().long()
+    values = torch.tensor(NF4)[halves]
+    return (values * absmax.repeat_interleave(block_size)[: len(values)]).reshape(shape)
+
+
+@contextmanager
+def weights_of(model: Any, weights: dict[str, Tensor]) -> Iterator[Any]:
+    """The model with some weights replaced."""
+    saved = {name: model.get_parameter(name).detach().clone() for name in weights}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+        yield model
+        for name, weight in saved.items():
+            model.get_parameter(name).copy_(weight)

@@ -1,0 +1,78 @@
+"""Pruning criteria and the statistics they take, against the formulas written out."""
+
+from __future__ import annotations
+
+import torch
+from coldpress.tasks.pruning.criteria import InputNorm, magnitude_score, wanda_score
+from coldpress.tasks.pruning.selection import keep_by_row
+from coldpress.tasks.quantization.gptq import Gram
+
+
+def _inputs(windows: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(5 + window, 8).to(dtype) for window in range(windows)]
+
+
+def test_magnitude_is_the_absolute_value_in_float32() -> None:
+    weight = torch.tensor([[1.5, -2.0], [0.0, -0.25]], dtype=torch.bfloat16)
+    score = magnitude_score(weight)
+    assert score.dtype == torch.float32
+    assert score.tolist() == [[1.5, 2.0], [0.0, 0.25]]
+
+
+def test_wanda_multiplies_each_column_by_its_input_norm() -> None:
+    score = wanda_score(torch.tensor([[1.0, -2.0, 3.0], [-4.0, 0.5, 0.0]]), torch.tensor([10.0, 1.0, 0.5]))
+    assert score.tolist() == [[10.0, 2.0, 1.5], [40.0, 0.5, 0.0]]
+
+
+def test_wanda_with_equal_norms_chooses_what_magnitude_chooses_in_each_row() -> None:
+    torch.manual_seed(2)
+    weight = torch.randn(16, 40)
+    by_wanda = keep_by_row(wanda_score(weight, torch.full((40,), 3.0)), 0.5)
+    assert torch.equal(by_wanda, keep_by_row(magnitude_score(weight), 0.5))
+
+
+def test_input_norm_is_the_norm_over_the_tokens_of_all_windows() -> None:
+    statistic = InputNorm(8)
+    for window in _inputs():
+        statistic.add(window)
+    expected = torch.cat(_inputs()).double().pow(2).sum(0).sqrt()
+    torch.testing.assert_close(statistic.norm().double(), expected, rtol=1e-6, atol=0)
+
+
+def test_input_norm_of_half_precision_inputs_is_summed_in_float32() -> None:
+    statistic = InputNorm(2)
+    for _ in range(50):
+        statistic.add(torch.ones(1000, 2, dtype=torch.bfloat16))
+    torch.testing.assert_close(statistic.norm(), torch.full((2,), 50_000.0).sqrt())
+
+
+def test_input_norm_leaves_its_inputs_alone() -> None:
+    window = _inputs()[0]
+    InputNorm(8).add(window)
+    assert torch.equal(window, _inputs()[0])
+
+
+def test_gram_is_the_sum_of_outer_products_over_the_tokens_of_all_windows() -> None:
+    statistic = Gram(8)
+    expected = torch.zeros(8, 8, dtype=torch.float64)
+    for window in _inputs():
+        statistic.add(window)
+        for token in window.double():
+            expected += torch.outer(token, token)
+    torch.testing.assert_close(statistic.matrix().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gram_of_half_precision_inputs_is_summed_in_float32() -> None:
+    statistic = Gram(2)
+    for _ in range(50):
+        statistic.add(torch.ones(1000, 2, dtype=torch.bfloat16))
+    assert statistic.matrix().tolist() == [[50_000.0] * 2] * 2
+
+
+def test_input_norms_are_the_roots_of_the_gram_diagonal() -> None:
+    norm, gram = InputNorm(8), Gram(8)
+    for window in _inputs(dtype=torch.bfloat16):
+        norm.add(window)
+        gram.add(window)
+    torch.testing.assert_close(norm.norm() ** 2, gram.matrix().diagonal())

@@ -1,0 +1,74 @@
+"""GPTQ's checkpoint format: where each code lies, and that nothing is lost on the way there and back."""
+
+from __future__ import annotations
+
+import plain_methods
+import pytest
+import torch
+from coldpress.tasks.quantization.gptq import Solution
+from coldpress.tasks.quantization.gptq_format import pack, pack_rows, unpack, unpack_all, unpack_rows
+
+
+def random_solution(bits: int, rows: int = 32, columns: int = 64, groups: int = 4) -> Solution:
+    draw = torch.Generator().manual_seed(bits)
+    return Solution(
+        codes=torch.randint(0, 2**bits, (rows, columns), generator=draw).to(torch.uint8),
+        scales=(torch.rand(groups, rows, generator=draw) + 0.1).half().float(),
+        zeros=torch.randint(1, 2**bits, (groups, rows), generator=draw).to(torch.uint8),
+        group_index=torch.randint(0, groups, (columns,), generator=draw).to(torch.int32),
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_codes_come_back_as_they_were(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    packed = pack_rows(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (64 * bits // 32, 5)
+    assert torch.equal(unpack_rows(packed, bits), codes)
+
+
+def test_the_first_code_lies_in_the_lowest_bits() -> None:
+    codes = torch.tensor([[1], [2], [3], [4], [5], [6], [7], [8]], dtype=torch.uint8)
+    assert pack_rows(codes, 4).tolist() == [[0x87654321 - 2**32]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_word_full_of_the_highest_code_is_minus_one(bits: int) -> None:
+    assert pack_rows(torch.full((32 // bits, 1), 2**bits - 1, dtype=torch.uint8), bits).tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_layers_have_the_shapes_and_dtypes_of_the_format(bits: int) -> None:
+    packed = pack("model.layer", random_solution(bits), bits)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()} == {
+        "model.layer.qweight": (torch.int32, (64 * bits // 32, 32)),
+        "model.layer.qzeros": (torch.int32, (4, 32 * bits // 32)),
+        "model.layer.scales": (torch.float16, (4, 32)),
+        "model.layer.g_idx": (torch.int32, (64,)),
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_unpacked_weights_are_codes_minus_zero_point_times_scale(bits: int) -> None:
+    solution = random_solution(bits)
+    packed = pack("layer", solution, bits)
+    group = solution.group_index.long()
+    expected = (solution.codes.float() - solution.zeros[group].T.float()) * solution.scales[group].T
+    assert torch.equal(unpack(packed, "layer", bits, "cpu"), expected)
+    assert torch.equal(plain_methods.gptq_weight(packed, "layer", bits), expected)
+
+
+def test_a_zero_point_of_zero_survives_the_subtraction_of_one() -> None:
+    solution = random_solution(4)._replace(zeros=torch.zeros(4, 32, dtype=torch.uint8))
+    expected = solution.codes.float() * solution.scales[solution.group_index.long()].T
+    assert torch.equal(unpack(pack("layer", solution, 4), "layer", 4, "cpu"), expected)
+
+
+def test_all_packed_layers_among_other_tensors_are_unpacked_under_their_weights_names() -> None:
+    tensors = {**pack("a", random_solution(4), 4), **pack("b.c", random_solution(4, rows=8), 4), "norm": torch.ones(3)}
+    weights = unpack_all(tensors, {"bits": 4}, "cpu")
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
+        "a.weight": (32, 64),
+        "b.c.weight": (8, 64),
+    }
