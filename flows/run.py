@@ -352,6 +352,7 @@ def provenance_markdown(node: Node, action: Action, state: str) -> str:
         ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),
         ("device", f"{provenance.get('device')} on {provenance.get('host')}, {provenance.get('started')}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+        ("commit", provenance.get("commit") or "-"),
         *(("warning", warning) for warning in provenance.get("warnings", [])),
     ]
     lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]

@@ -4,6 +4,7 @@
 - `catalogue.py`      the list of all stages
 - `architectures.py`  all that is particular to a model family
 - `blocks.py`         the one block-by-block loop that layer-wise methods share
+- `skeleton.py`       a model without its weights, called block by block
 - `formats.py`        stored tensors <-> dense weights, for dense and packed checkpoints
 - `sources/`          models and token sets in
 - `pruning/`          criteria (maths) and the stage around them

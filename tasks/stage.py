@@ -8,11 +8,14 @@ progress stay out. The function itself is plain: `flows` turns it into a Prefect
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
 import platform
 import resource
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -190,6 +193,7 @@ def compute(
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "versions": _library_versions(),
+        "commit": _commit(),
         "warnings": said,
         **run.notes,
         **(context or {}),
@@ -258,6 +262,20 @@ class _recorded_warnings(list[str]):
             logger.warning(text)
 
 
+@functools.cache
+def _commit() -> str | None:
+    """The git commit of coldpress when it runs from a checkout, with a "+" when files were changed since."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(folder, ".git")):
+        return None
+    try:
+        asked = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here
+
+
+@functools.cache
 def _library_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..blocks import Skeleton
+    from ..skeleton import Skeleton
 
 # Positions whose logits are held at once: 512 x 150,000 words x 4 bytes = 0.3 GB.
 HEAD_CHUNK = 512
@@ -45,7 +45,8 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
 
     import torch
 
-    from ..blocks import Skeleton, StoredModel, read_windows, resolve_dtype, stream_hidden
+    from ..blocks import StoredModel, read_windows, resolve_dtype, stream_hidden
+    from ..skeleton import Skeleton
 
     with StoredModel(run, model) as stored, torch.no_grad():
         windows = read_windows(run, data, stored)
@@ -53,7 +54,7 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
         hidden, outer = stream_hidden(run, stored, skeleton, windows, "scoring")
         losses = []
         for window, inputs in zip(windows, hidden, strict=True):
-            features = skeleton.finish(outer, inputs[None])[0]
+            features = skeleton.finish(outer, inputs[None].to(run.device))[0]
             losses.append(window_loss(skeleton, outer, features, window.to(run.device)))
     mean = math.fsum(losses) / len(losses)
     if not math.isfinite(mean):

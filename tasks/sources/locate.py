@@ -223,7 +223,7 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     # The error for "no connection" belongs to whatever HTTP library this version of the Hub client is built on.
-    http_error = HfHubHTTPError.__bases__[0]
+    http_error: type[BaseException] = HfHubHTTPError.__bases__[0]
     try:
         info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
         return str(info.sha)

@@ -59,7 +59,7 @@ def model(run: Run, parameters: ModelParameters) -> Artifact:
     """A model from the Hub, a folder, a GGUF file or a Python package, as a checkpoint."""
     import torch
 
-    from ..blocks import Skeleton
+    from ..skeleton import Skeleton
 
     opened = _open(parameters)
     family = family_of(opened.config)
@@ -207,7 +207,7 @@ def _open_gguf(path: str) -> Opened:
         get_gguf_hf_weights_map,
     )
 
-    from ..blocks import build_model
+    from ..skeleton import build_model
 
     folder, name = os.path.split(path)
     config = AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()

@@ -40,35 +40,36 @@ def measure() -> list[Row]:
 
 def prepare() -> list[Any]:
     """The dense model, calibration and held-out windows in the store "store"; the model as the folder "dense"."""
+    from coldpress.flows.worker import Worker
     from coldpress.storage.export import export
     from coldpress.storage.store import Store
 
     from .smollm2 import CALIBRATION, HELD_OUT, import_model, import_windows
 
-    store = Store("store")
-    model = import_model(store, "float32")
+    store, worker = Store("store"), Worker("cpu")
+    model = import_model(worker, store, "float32")
+    windows = [import_windows(worker, store, model, settings) for settings in (CALIBRATION, HELD_OUT)]
+    worker.kill()
     list(export(store, model, "dense"))
-    return [model, import_windows(store, model, CALIBRATION), import_windows(store, model, HELD_OUT)]
+    return [model, *windows]
 
 
 def ours(model: list[str], calibration: list[str], folder: str) -> dict[str, float]:
     """Quantize with the stage, in a fresh copy of the store; export to `folder`."""
-    from pathlib import Path
-
-    import transformers  # noqa: F401 (imports don't count)
+    from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import Artifact
     from coldpress.storage.export import export
-    from coldpress.storage.store import Action, Store
+    from coldpress.storage.store import Store
 
     from .smollm2 import fresh_copy, run_stage
 
-    store = fresh_copy(Store("store"), Path(f"store-{folder}"))
+    store, worker = fresh_copy(Store("store"), f"store-{folder}"), Worker("cpu")
     inputs = {"model": Artifact(*model), "calibration": Artifact(*calibration)}  # type: ignore[arg-type]
     settings = {"bits": BITS, "group_size": GROUP_SIZE, "damping": DAMPING}
-    made: list[Action] = []
-    seconds = timed(lambda: made.append(run_stage(store, "quantize/gptq", inputs, **settings)))
-    list(export(store, made[0].artifact, folder))
-    return {"seconds": seconds, "peak": made[0].provenance["peak_memory_bytes"]}
+    action = run_stage(worker, store, "quantize/gptq", inputs, **settings)
+    worker.kill()
+    list(export(store, action.artifact, folder))
+    return {"seconds": action.provenance["seconds"], "peak": action.provenance["peak_memory_bytes"]}
 
 
 def gptqmodel(calibration: list[str], folder: str) -> dict[str, float]:
@@ -100,20 +101,22 @@ def score(model: list[str], held_out: list[str]) -> dict[str, float]:
     """Held-out perplexity of the dense model and of both folders, all by the same stage in float32."""
     import json
 
+    from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import Artifact
     from coldpress.storage.store import Store
 
     from .smollm2 import import_model, run_stage
 
-    store = Store("store")
+    store, worker = Store("store"), Worker("cpu")
     data = Artifact(*held_out)  # type: ignore[arg-type]
     models = {
         "dense": Artifact(*model),  # type: ignore[arg-type]
-        "ours": import_model(store, "float32", "ours"),
-        "theirs": import_model(store, "float32", "theirs"),
+        "ours": import_model(worker, store, "float32", "ours"),
+        "theirs": import_model(worker, store, "float32", "theirs"),
     }
     result = {}
     for name, artifact in models.items():
-        metrics = run_stage(store, "evaluate/perplexity", {"model": artifact, "data": data}, dtype="float32").artifact
-        result[name] = json.loads(store.read_file(metrics, "metrics.json"))["perplexity"]
+        action = run_stage(worker, store, "evaluate/perplexity", {"model": artifact, "data": data}, dtype="float32")
+        result[name] = json.loads(store.read_file(action.artifact, "metrics.json"))["perplexity"]
+    worker.kill()
     return result

@@ -101,13 +101,15 @@ def write_model(blocks: int, folder: str) -> int:
 def import_inputs(folder: str, store_folder: str) -> list[Any]:
     """The model and random windows as artifacts."""
     import torch
+    from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import ArtifactWriter
     from coldpress.storage.store import Store
 
     from .smollm2 import import_model
 
-    store = Store(store_folder)
-    model = import_model(store, "auto", folder)
+    store, worker = Store(store_folder), Worker("cpu")
+    model = import_model(worker, store, "auto", folder)
+    worker.kill()
     windows = torch.randint(CONFIG["vocab_size"], (WINDOWS, LENGTH), dtype=torch.int32)
     with ArtifactWriter(store, "tokens") as writer:
         writer.add_tensors({"input_ids": windows})
@@ -116,13 +118,16 @@ def import_inputs(folder: str, store_folder: str) -> list[Any]:
 
 def prune(store_folder: str, model: list[str], calibration: list[str]) -> int:
     """Peak bytes of the stage."""
+    from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import Artifact
     from coldpress.storage.store import Store
 
     from .smollm2 import run_stage
 
+    worker = Worker("cpu")
     inputs = {"model": Artifact(*model), "calibration": Artifact(*calibration)}  # type: ignore[arg-type]
-    action = run_stage(Store(store_folder), "prune/wanda", inputs, sparsity=0.5)
+    action = run_stage(worker, Store(store_folder), "prune/wanda", inputs, sparsity=0.5)
+    worker.kill()
     assert action.provenance["peak_memory_of"] == "stage", "the peak cannot be told from what came before the stage"
     return int(action.provenance["peak_memory_bytes"])
 
@@ -130,7 +135,7 @@ def prune(store_folder: str, model: list[str], calibration: list[str]) -> int:
 def imports() -> int:
     """Resident bytes of a process that has built an empty model of this shape and done nothing else."""
     import torch
-    from coldpress.tasks.blocks import build_model
+    from coldpress.tasks.skeleton import build_model
     from coldpress.tasks.stage import PeakMemory
 
     build_model({**CONFIG, "num_hidden_layers": 1}, torch.bfloat16)

@@ -22,6 +22,7 @@ ROUNDS = 5
 
 def measure() -> list[Row]:
     """All rows of this benchmark."""
+    from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
     from coldpress.storage.store import Store
     from coldpress.tasks.architectures import family_of
@@ -29,8 +30,9 @@ def measure() -> list[Row]:
 
     from .smollm2 import import_model
 
-    base = Store("base")
-    model = import_model(base, "float32")
+    base, worker = Store("base"), Worker("cpu")
+    model = import_model(worker, base, "float32")
+    worker.kill()
     with ArtifactReader(base, model) as reader:
         tensors = reader.tensors(reader.manifest.tensors)
     family = family_of({"model_type": "llama"})

@@ -1,15 +1,15 @@
 """The Wanda stage on SmolLM2 with 16 x 512 calibration tokens, in float32 and bfloat16.
 
 The floor of a layer-wise method is two forward passes through the blocks; the stage is measured against two plain
-ones by `transformers`, and against the published loop written anew. The stage counts as a user meets it: reading and
-verifying the checkpoint, pruning, and writing the result to the store. The others start with the dense model loaded
-and write nothing. A last row says whether both methods remove the same weights.
+ones by `transformers`, and against the published loop written anew. The stage counts as a user meets it, in the computing process of a run:
+reading and verifying the checkpoint, pruning, and writing the result to the store. The others start with the dense
+model loaded and write nothing. A last row says whether both methods remove the same weights.
 """
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+import uuid
 from typing import Any
 
 from .measuring import Row, in_turns, ratio, timed
@@ -20,7 +20,8 @@ ROUNDS = 3
 def measure() -> list[Row]:
     """All rows of this benchmark."""
     import torch
-    from coldpress.storage.artifacts import Artifact, ArtifactReader
+    from coldpress.flows.worker import Worker
+    from coldpress.storage.artifacts import ArtifactReader
     from coldpress.storage.export import export
     from coldpress.storage.store import Store
     from transformers import AutoModelForCausalLM
@@ -28,9 +29,9 @@ def measure() -> list[Row]:
     from . import published_wanda
     from .smollm2 import CALIBRATION, fresh_copy, import_model, import_windows, run_stage
 
-    base = Store("base")
-    models = {dtype: import_model(base, dtype) for dtype in ("float32", "bfloat16")}
-    calibration = import_windows(base, models["float32"], CALIBRATION)
+    base, worker = Store("base"), Worker("cpu")
+    models = {dtype: import_model(worker, base, dtype) for dtype in ("float32", "bfloat16")}
+    calibration = import_windows(worker, base, models["float32"], CALIBRATION)
     with ArtifactReader(base, calibration) as reader:
         windows = reader.tensors(["input_ids"])["input_ids"].long()
     list(export(base, models["float32"], "dense"))
@@ -43,15 +44,14 @@ def measure() -> list[Row]:
     differing = [0, 1]
 
     def stage(dtype: str) -> float:
-        copy = fresh_copy(base, Path(f"copy-{dtype}"))
+        store = fresh_copy(base, f"copy-{uuid.uuid4().hex}")
         inputs = {"model": models[dtype], "calibration": calibration}
-        made: list[Artifact] = []
-        seconds = timed(lambda: made.append(run_stage(copy, "prune/wanda", inputs, sparsity=0.5).artifact))
+        action = run_stage(worker, store, "prune/wanda", inputs, sparsity=0.5)
         if dtype == "float32" and not pruned:
-            with ArtifactReader(copy, made[0]) as reader:
+            with ArtifactReader(store, action.artifact) as reader:
                 pruned.update(reader.tensors(reader.manifest.masks))
-        shutil.rmtree(copy.url)
-        return seconds
+        shutil.rmtree(store.url)
+        return float(action.provenance["seconds"])
 
     @torch.no_grad()
     def forward_passes() -> None:
@@ -78,6 +78,7 @@ def measure() -> list[Row]:
             "bfloat16": lambda: stage("bfloat16"),
         },
     )
+    worker.kill()
     best = {name: min(values) for name, values in seconds.items()}
     return [
         ratio("Wanda stage, float32 / two plain forward passes", best["float32"], best["two passes"], 1.1),

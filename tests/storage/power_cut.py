@@ -166,7 +166,7 @@ def power_cuts(recording: RecordingOs) -> Iterator[Tree]:
 def late_power_cuts(recording: RecordingOs) -> Iterator[Tree]:
     """Different trees that a power cut after the last operation may leave."""
     length = len(recording.operations)
-    yield from _different(_replay(recording, length, fate) for fate in _fates(length, 50))
+    yield from _different(_replay(recording, length, fate) for fate in _fates(length, 200))
 
 
 def _different(trees: Iterable[Tree]) -> Iterator[Tree]:

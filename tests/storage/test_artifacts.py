@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,7 @@ from coldpress.storage.artifacts import (
 )
 from coldpress.storage.digests import sha256
 from coldpress.storage.errors import DamagedBlob, StoreError
+from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store, blob_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -357,6 +360,29 @@ def test_a_blob_that_could_not_be_written_stops_the_writer(
         with pytest.raises(StoreError, match="the disk is full"):
             writer.publish()
     assert list(store.artifact_ids()) == []
+
+
+def test_a_tensor_that_is_changed_while_it_is_written_does_not_get_the_name_of_other_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, go_on = threading.Event(), threading.Event()
+    create = store.files.create
+
+    def create_later(path: str, buffers: Any) -> bool:
+        hashed.set()
+        go_on.wait(30)
+        return create(path, buffers)
+
+    monkeypatch.setattr(store.files, "create", create_later)
+    weight = large()
+    with ArtifactWriter(store, "checkpoint") as writer:
+        writer.add_tensors({"w": weight})
+        assert hashed.wait(30)
+        weight.zero_()
+        go_on.set()
+        with contextlib.suppress(StoreError):  # to refuse is right too
+            writer.publish()
+    assert verify(store) == []
 
 
 def test_an_artifact_is_not_published_when_one_of_its_blobs_has_gone_meanwhile(store: Store, reopen: Reopen) -> None:

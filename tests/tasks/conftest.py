@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
-from coldpress.tasks.blocks import Skeleton, StoredModel, stream_hidden
+from coldpress.tasks.blocks import StoredModel, stream_hidden
+from coldpress.tasks.skeleton import Skeleton
 from coldpress.tasks.stage import Run
+from elsewhere import Loaded
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -71,3 +76,39 @@ def fresh_process() -> Callable[..., None]:
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run
+
+
+@pytest.fixture
+def load_elsewhere(
+    tmp_path: Path, fresh_process: Callable[..., None], export_folder: Callable[..., str]
+) -> Callable[..., dict[str, Loaded]]:
+    """`load_elsewhere(script, windows, {name: model})`: what a fresh process finds in the models' exports."""
+
+    def load(script: str, windows: Tensor, models: dict[str, Artifact], on: Store | None = None) -> dict[str, Loaded]:
+        save_file({"windows": windows.contiguous()}, tmp_path / "windows.safetensors")
+        fresh_process(script, str(tmp_path), *(export_folder(model, on) for model in models.values()))
+        errors = json.loads((tmp_path / "errors.json").read_text())
+        assert {name: errors[str(number)] for number, name in enumerate(models) if str(number) in errors} == {}
+        found = {}
+        for number, name in enumerate(models):
+            tensors = load_file(tmp_path / f"{number}.safetensors")
+            found[name] = Loaded(tensors.pop("logits"), tensors)
+        return found
+
+    return load
+
+
+@pytest.fixture
+def dense_weights(store: Store) -> Callable[..., dict[str, Tensor]]:
+    """Weights of the block linears as the block loop sees them, by layer name."""
+
+    def read(model: Artifact, on: Store | None = None) -> dict[str, Tensor]:
+        with StoredModel(Run(on or store), model) as stored:
+            return {
+                name.removesuffix(".weight"): weight
+                for index in range(stored.blocks)
+                for name, weight in stored.unpack(stored.stored(index), torch.float32).items()
+                if name in stored.linears(index)
+            }
+
+    return read

@@ -12,9 +12,9 @@ import pytest
 import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
-from coldpress.tasks.blocks import Skeleton
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.quantization.gptq import Gram, solve
+from coldpress.tasks.skeleton import Skeleton
 from coldpress.tasks.stage import ModelFacts
 from torch import Tensor
 

