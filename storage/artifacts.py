@@ -144,7 +144,9 @@ class ArtifactWriter:
     def add_tensors(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Store tensors. `prefix` is their block's ("model.layers.3."): small ones share a blob, named without it."""
         self._settle()
-        self._pending = self._submit({name: from_torch(tensor) for name, tensor in tensors.items()}, prefix)
+        self._pending = self._submit(
+            {name: from_torch(tensor.detach().clone()) for name, tensor in tensors.items()}, prefix
+        )
 
     def add_masks(self, masks: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Store boolean masks, [out_features, in_features], under the names of the weights they belong to."""
@@ -276,13 +278,16 @@ class ArtifactReader:
             self._begin(entry.blob)
         decoded: dict[str, dict[str, TensorBytes]] = {}
         result = {}
+        handed = set()
         for name, entry in wanted:
             if entry.blob not in decoded:
                 decoded[entry.blob] = decode(self._coming.pop(entry.blob).result(), f"blob {entry.blob}")
             tensor = decoded[entry.blob].get(entry.name)
             if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
                 raise DamagedBlob(f"blob {entry.blob} does not hold the tensor that the manifest promises for {name}")
-            result[name] = to_torch(tensor)
+            made = to_torch(tensor)
+            result[name] = made.clone() if (entry.blob, entry.name) in handed else made
+            handed.add((entry.blob, entry.name))
         return result
 
 

@@ -20,7 +20,19 @@ CHECKSUM = "checksum"
 
 def canonical_json(value: Any) -> bytes:
     """`value` as canonical JSON. Raises TypeError for what JSON lacks, ValueError for NaN and infinity."""
+    _refuse_other_keys(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _refuse_other_keys(value: Any) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{name!r} can't be a key in JSON; only strings can")
+            _refuse_other_keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_other_keys(item)
 
 
 def sha256(*buffers: Buffer) -> str:
@@ -52,9 +64,10 @@ def unseal(data: Buffer, where: str) -> dict[str, Any]:
     try:
         record = json.loads(bytes(data))
         checksum = record.pop(CHECKSUM)
-    except (ValueError, KeyError, AttributeError) as error:
+        expected = digest_of(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedBlob(f"{where} is damaged: not a record with a checksum") from error
-    if checksum != digest_of(record):
+    if checksum != expected:
         raise DamagedBlob(f"{where} is damaged: its checksum doesn't fit")
     return record
 

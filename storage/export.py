@@ -11,10 +11,10 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
-from .artifacts import Artifact, Manifest
+from .artifacts import LONE_NAME, Artifact, Manifest
 from .errors import StoreError, write_error
 from .store import Store
-from .tensors import decode, encode_header, tensor_nbytes
+from .tensors import TensorBytes, decode, encode_header, tensor_nbytes
 
 SHARD_BYTES = 5 * 10**9
 
@@ -39,7 +39,7 @@ def shards(manifest: Manifest, limit: int = SHARD_BYTES) -> dict[str, list[str]]
 def export_bytes(manifest: Manifest) -> int:
     """Bytes of the folder that `export` writes for this manifest."""
     total = sum(manifest.blobs[blob] for blob in manifest.files.values())
-    layout = shards(manifest)
+    layout = shards(manifest) if manifest.tensors else {}
     for names in layout.values():
         total += len(_header(manifest, names))
         total += sum(tensor_nbytes(manifest.tensors[name].dtype, manifest.tensors[name].shape) for name in names)
@@ -94,8 +94,12 @@ def _index(manifest: Manifest, layout: dict[str, list[str]]) -> bytes:
 
 
 def _write_shard(store: Store, manifest: Manifest, names: list[str], path: str) -> None:
+    shared: dict[str, dict[str, TensorBytes]] = {}  # blobs of small tensors, read once for all of them
     with open(path, "wb") as file:
         file.write(_header(manifest, names))
         for name in names:
             entry = manifest.tensors[name]
-            file.write(decode(store.read_blob(entry.blob), f"blob {entry.blob}")[entry.name].data)
+            tensors = shared.get(entry.blob) or decode(store.read_blob(entry.blob), f"blob {entry.blob}")
+            if entry.name != LONE_NAME:
+                shared[entry.blob] = tensors
+            file.write(tensors[entry.name].data)

@@ -8,6 +8,7 @@ Paths are relative to the store's root, with forward slashes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -54,6 +55,10 @@ class Files(Protocol):
         """Returns when everything written so far survives a power cut."""
         ...
 
+    def keep(self, path: str) -> None:
+        """Make the next `sync` cover a file that another writer made, perhaps without syncing it."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Space left, None where nobody knows."""
         ...
@@ -74,6 +79,8 @@ class LocalFiles:
         self.url = self.root
         self._lock = threading.Lock()
         self._unsynced: set[str] = set()
+        self._known: set[str] = set()  # folders whose own names have been noted, whoever made them
+        self._syncing = threading.Lock()
 
     def read(self, path: str) -> memoryview:
         with open(self._full(path), "rb", buffering=0) as file:
@@ -108,6 +115,7 @@ class LocalFiles:
         try:
             os.link(temporary, full)
         except FileExistsError:
+            self._note(os.path.dirname(full))
             return False
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -142,14 +150,24 @@ class LocalFiles:
         self._note(os.path.dirname(self._full(path)))
 
     def sync(self) -> None:
-        with self._lock:
-            folders, self._unsynced = self._unsynced, set()
-        for folder in folders:
-            descriptor = os.open(folder, os.O_RDONLY)
+        with self._syncing:
+            with self._lock:
+                folders = set(self._unsynced)
+                self._unsynced -= folders
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                for folder in folders:
+                    descriptor = os.open(folder, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+            except OSError as error:
+                with self._lock:
+                    self._unsynced |= folders
+                raise write_error(self.root, error) from error
+
+    def keep(self, path: str) -> None:
+        self._note(os.path.dirname(self._full(path)))
 
     def free_bytes(self) -> int | None:
         folder = self.root
@@ -164,6 +182,10 @@ class LocalFiles:
     def _note(self, folder: str) -> None:
         with self._lock:
             self._unsynced.add(folder)
+            while folder not in self._known and len(folder) >= len(self.root):
+                self._known.add(folder)
+                folder = os.path.dirname(folder)
+                self._unsynced.add(folder)
 
     def _make_folder(self, folder: str) -> None:
         if os.path.isdir(folder):
@@ -197,6 +219,9 @@ class LocalFiles:
         return temporary
 
 
+_IN_MEMORY = threading.Lock()  # fsspec's memory:// looks and then writes; other threads must not come between
+
+
 class FsspecFiles:
     """Any fsspec file system that can write an object in one go (and, for `create`, only if it isn't there)."""
 
@@ -211,6 +236,7 @@ class FsspecFiles:
         except (ImportError, ValueError) as error:
             raise StoreError(f"the store {url} needs a driver that is not installed: {error}") from error
         self._root = self._fs._strip_protocol(self.url).rstrip("/")
+        self._creating = _IN_MEMORY if protocol == "memory" else contextlib.nullcontext()
 
     def read(self, path: str) -> memoryview:
         return memoryview(bytearray(self._fs.cat_file(self._full(path))))
@@ -231,13 +257,22 @@ class FsspecFiles:
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         try:
-            self._fs.pipe_file(self._full(path), b"".join(buffers), mode="create")
+            with self._creating:
+                self._fs.pipe_file(self._full(path), b"".join(buffers), mode="create")
         except FileExistsError:
             return False
+        except OSError as error:
+            raise write_error(self._full(path), error) from error
         return True
 
+    def keep(self, path: str) -> None:
+        """Objects are durable once written."""
+
     def replace(self, path: str, buffers: Sequence[Buffer]) -> None:
-        self._fs.pipe_file(self._full(path), b"".join(buffers), mode="overwrite")
+        try:
+            self._fs.pipe_file(self._full(path), b"".join(buffers), mode="overwrite")
+        except OSError as error:
+            raise write_error(self._full(path), error) from error
 
     def move(self, path: str, target: str) -> None:
         self._fs.mv(self._full(path), self._full(target))

@@ -14,6 +14,7 @@ only when the manifest and every blob are there in full length; content is hashe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -27,6 +28,8 @@ from .artifacts import Artifact, Manifest
 from .digests import Buffer, digest_of, seal, sha256, total_bytes, unseal
 from .errors import DamagedBlob, StoreError
 from .files import Files, open_files
+
+_ASKERS = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ class Store:
         self.files: Files = open_files(url)
         self.url = self.files.url
         self._verified: set[str] = set()
-        self._present: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -64,14 +66,12 @@ class Store:
     def put_blob(self, buffers: Sequence[Buffer]) -> tuple[str, int]:
         """Store content; returns its SHA-256 and its size in bytes. What is there already is not written again."""
         blob, size = sha256(*buffers), total_bytes(buffers)
-        if self._size(blob) != size:
-            path = blob_path(blob)
-            if not self.files.create(path, buffers) and self.files.size(path) != size:
-                self._set_aside(blob)  # cut short by a power failure
-                self.files.create(path, buffers)
-            with self._lock:
-                self._present[blob] = size
-                self._verified.add(blob)
+        path = blob_path(blob)
+        if self.files.size(path) == size:
+            self.files.keep(path)
+        elif not self.files.create(path, buffers) and self.files.size(path) != size:
+            self._set_aside(blob)  # cut short by a power failure
+            self.files.create(path, buffers)
         return blob, size
 
     def read_blob(self, blob: str) -> memoryview:
@@ -99,29 +99,23 @@ class Store:
         return data
 
     def missing_blobs(self, blobs: Mapping[str, int]) -> list[str]:
-        """Those of the blobs {digest: bytes} that aren't there in full length."""
-        unknown = [(blob, size) for blob, size in blobs.items() if self._present.get(blob) != size]
-        if not unknown:
-            return []
-        with ThreadPoolExecutor(8) as pool:
-            sizes = list(pool.map(lambda entry: self._size(entry[0]), unknown))
-        return [blob for (blob, size), found in zip(unknown, sizes, strict=True) if found != size]
+        """Those of the blobs {digest: bytes} that aren't there in full length, asked anew each time, side by side."""
+        wanted = list(blobs.items())
+        shares = [share for share in (wanted[start::_ASKERS] for start in range(_ASKERS)) if share]
+        with ThreadPoolExecutor(_ASKERS) as pool:
+            return [blob for missing in pool.map(self._missing, shares) for blob in missing]
 
-    def _size(self, blob: str) -> int | None:
-        size = self.files.size(blob_path(blob))
-        if size is not None:
-            with self._lock:
-                self._present[blob] = size
-        return size
+    def _missing(self, blobs: list[tuple[str, int]]) -> list[str]:
+        return [blob for blob, size in blobs if self.files.size(blob_path(blob)) != size]
 
     def _forget(self, blob: str) -> None:
         with self._lock:
-            self._present.pop(blob, None)
             self._verified.discard(blob)
 
     def _set_aside(self, blob: str) -> None:
         self._forget(blob)
-        self.files.move(blob_path(blob), f"damaged/{blob}-{time.time_ns():x}")
+        with contextlib.suppress(FileNotFoundError):  # another thread or process was faster
+            self.files.move(blob_path(blob), f"damaged/{blob}-{time.time_ns():x}")
 
     # Artifacts
 
@@ -182,6 +176,8 @@ class Store:
         path = action_path(stage, key)
         record = unseal(self.files.read(path), f"{self.url}/{path}")
         kind, artifact_id = record["artifact"]
+        if digest_of(record["preimage"]) != key:
+            raise DamagedBlob(f"{self.url}/{path} is damaged: it belongs to another key")
         return Action(stage, key, Artifact(kind, artifact_id), record["preimage"], record["provenance"])
 
     def record(self, action: Action) -> Action:
@@ -192,6 +188,7 @@ class Store:
         if not self.files.create(path, data):
             standing = self.lookup(action.stage, action.key)
             if standing is not None:
+                self.files.sync()
                 return standing
             self.files.replace(path, data)
         self.files.sync()
@@ -210,7 +207,7 @@ class Store:
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
         """Point a name for people at an artifact."""
-        path = f"refs/{name}.json"
+        path = f"refs/{_inside(name)}.json"
         record = {"artifact": list(artifact)}
         try:
             if unseal(self.files.read(path), path) == record:
@@ -218,6 +215,7 @@ class Store:
         except (FileNotFoundError, DamagedBlob):
             pass
         self.files.replace(path, [seal(record)])
+        self.files.sync()
 
     def refs(self) -> dict[str, Artifact]:
         """All names that can be read, with what they point at."""
@@ -248,7 +246,8 @@ class Store:
 
     def save_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Keep what a run did."""
-        self.files.replace(f"runs/{run_id}", [seal(record)])
+        self.files.replace(f"runs/{_inside(run_id)}", [seal(record)])
+        self.files.sync()
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """All runs that can be read, oldest first."""
@@ -259,6 +258,13 @@ class Store:
             except (FileNotFoundError, DamagedBlob):
                 continue
         return found
+
+
+def _inside(name: str) -> str:
+    """The name, if it can't lead out of its folder. Raises StoreError."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise StoreError(f"'{name}' can't be a name in the store; leave out '.', '..' and empty parts")
+    return name
 
 
 def blob_path(blob: str) -> str:

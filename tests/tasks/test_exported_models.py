@@ -55,9 +55,7 @@ def test_nf4_exports_load_in_transformers_with_equal_weights(
         assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.05, name
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
-    symmetric: bool,
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
     windows: Callable[[Artifact], Tensor],
@@ -71,11 +69,12 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
     tokens = make_tokens(llama)
     pruned = run_stage("prune/wanda", {"model": llama, "calibration": tokens}, sparsity=0.5)
     variants: dict[str, tuple[Artifact, dict[str, Any]]] = {
-        "plain": (llama, {}),
+        "symmetric": (llama, {}),
+        "asymmetric": (llama, {"symmetric": False}),
         "8 bit": (llama, {"bits": 8, "group_size": 64}),
-        "2 bit": (llama, {"bits": 2}),
+        "2 bit": (llama, {"bits": 2, "symmetric": False}),
         "whole rows": (llama, {"group_size": -1}),
-        "act order": (llama, {"act_order": True}),
+        "act order": (llama, {"act_order": True, "symmetric": False}),
         "static groups": (llama, {"act_order": True, "static_groups": True}),
         "pruned": (pruned, {}),
         "opt": (import_model("opt"), {}),
@@ -84,8 +83,7 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
     models = {}
     for name, (model, parameters) in variants.items():
         inputs = {"model": model, "calibration": tokens}
-        settings = {"group_size": 32, "symmetric": symmetric, **parameters}
-        models[name] = run_stage("quantize/gptq", inputs, **settings)
+        models[name] = run_stage("quantize/gptq", inputs, **{"group_size": 32, **parameters})
     ids = windows(tokens)
     for name, loaded in load_elsewhere(GPTQMODEL, ids, models).items():
         expected = dense_weights(models[name])
