@@ -44,6 +44,7 @@ def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
                 zeros += int(is_zero.sum())
                 if name in masks:
                     pruned += int((is_zero & ~masks[name].to(run.device)).sum())
+            del dense  # before the next block is read
             run.progress("counting", index + 1, stored.blocks)
         weights = linear_parameters(stored.config)
         result = {

@@ -1,9 +1,9 @@
 """The Wanda stage on SmolLM2 with 16 x 512 calibration tokens, in float32 and bfloat16.
 
 The floor of a layer-wise method is two forward passes through the blocks; the stage is measured against two plain
-ones by `transformers`, and against the published loop written anew. The stage counts as a user meets it, in the computing process of a run:
-reading and verifying the checkpoint, pruning, and writing the result to the store. The others start with the dense
-model loaded and write nothing. A last row says whether both methods remove the same weights.
+ones by `transformers`, and against the published loop written anew. The stage counts as a user meets it, in the
+computing process of a run: reading and verifying the checkpoint, pruning, writing the result to the store. The others
+start with the dense model loaded and write nothing. A last row says whether both methods remove the same weights.
 """
 
 from __future__ import annotations
