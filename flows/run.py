@@ -181,6 +181,7 @@ def _run_on_prefect(
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+        _reach_server()
         execution = _Execution(recipe, store, terminal, result, workers)
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
@@ -196,6 +197,22 @@ def _run_on_prefect(
     finally:
         for worker in workers:
             worker.kill()
+
+
+def _reach_server() -> None:
+    """Raises ColdpressError when Prefect's server doesn't answer, or its temporary one doesn't start."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.hello()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if url := PREFECT_API_URL.value():
+            advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
+            raise ColdpressError(f"the Prefect server at {url} does not answer; {advice}") from error
+        raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
 
 
 def _task_runner(threads: int) -> Any:

@@ -200,3 +200,18 @@ def test_a_configured_server_is_seen_in_the_environment_and_in_prefects_profile(
     assert not server_configured()
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     assert server_configured()
+
+
+def test_a_server_that_does_not_answer_is_a_sentence(tiny_recipe: Path, tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9/api"
+    ended = subprocess.run(
+        [*COMMAND, str(tiny_recipe)],
+        cwd=tmp_path,
+        env={**environment(tmp_path), "PREFECT_API_URL": address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert f"the Prefect server at {address} does not answer" in ended.stderr
+    assert "Traceback" not in ended.stderr
