@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
-from ..storage.tensors import torch_dtype
 from .architectures import Linear, block_count, family_of, is_tied
 from .formats import unpack
 from .skeleton import Skeleton, Statistic
@@ -76,10 +75,10 @@ class StoredModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the checkpoint's unpacked weights are stored: that of its norms."""
-        prefix = self.family.block_prefix(0)
-        entries = [self.manifest.tensors[name] for name in self._names[0] if "norm" in name.removeprefix(prefix)]
-        return torch_dtype(entries[0].dtype)
+        """The dtype in which the checkpoint's unpacked weights are stored; its config.json is ours and says so."""
+        dtype = getattr(torch, self.config["dtype"])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @property
     def tied(self) -> bool:

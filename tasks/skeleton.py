@@ -119,7 +119,9 @@ class Skeleton:
     def finish(self, outer: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """What the head reads, [1, length, features], for the last block's output [1, length, hidden]."""
         with self._passing(hidden), self._weights(outer):
-            output = self.model.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
+            width = self.model.get_input_embeddings().weight.shape[1]  # not the hidden size where OPT projects
+            embedded = hidden.new_zeros(1, hidden.shape[1], width)
+            output = self.model.base_model(inputs_embeds=embedded, use_cache=False)
         return output.last_hidden_state
 
     def logits(self, outer: Mapping[str, Tensor], features: Tensor) -> Tensor:

@@ -64,6 +64,15 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise ValueError("the Gram matrix is not positive definite (NaN or infinity in the activations?)")
 
 
+def _aligned(column_block: int, group_size: int) -> int:
+    """The most columns up to `column_block` with which every group begins at the beginning of a block or inside one
+    that holds it whole: then all of its columns are up to date when its grid is fitted.
+    """
+    if group_size <= column_block:
+        return column_block - column_block % group_size
+    return max(columns for columns in range(1, column_block + 1) if group_size % columns == 0)
+
+
 def solve(
     weight: Tensor,
     gram: Tensor,
@@ -92,8 +101,7 @@ def solve(
     hessian.diagonal()[dead] = 1
     work[:, dead] = 0
 
-    if group_size < column_block:
-        column_block -= column_block % group_size  # a group never straddles two blocks
+    column_block = _aligned(column_block, group_size)
     group_index = torch.arange(columns, device=weight.device) // group_size
     grids: list[Grid | None] = [None] * (columns // group_size)
     if static_groups:

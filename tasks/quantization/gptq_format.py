@@ -2,7 +2,9 @@
 
 For a weight [out_features, in_features] `x.weight` the tensors are
 `x.qweight` int32 [in_features * bits / 32, out_features], codes packed along the inputs, the first in the lowest bits;
-`x.qzeros` int32 [groups, out_features * bits / 32], zero points minus one ("v1", checkpoint_format "gptq");
+`x.qzeros` int32 [groups, out_features * bits / 32], zero points: minus one in checkpoint_format "gptq" (v1), as they
+are in "gptq_v2". Symmetric grids are written as v1, which everything reads; others as v2, since GPTQModel refuses
+asymmetric v1 files of other makers, whose zero point 0 wraps around;
 `x.scales` float16 [groups, out_features]; `x.g_idx` int32 [in_features], the group of each input.
 """
 
@@ -37,22 +39,28 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     return lanes.reshape(-1, packed.shape[1]).to(torch.uint8)
 
 
-def pack(module: str, solution: Solution, bits: int) -> dict[str, Tensor]:
+def pack(module: str, solution: Solution, quantization: Mapping[str, Any]) -> dict[str, Tensor]:
     """The four tensors of a layer, `module` being its full name without `.weight`."""
-    minus_one = (solution.zeros.to(torch.int32) - 1) & (2**bits - 1)
+    bits = int(quantization["bits"])
+    zeros = (solution.zeros.to(torch.int32) - _zero_offset(quantization)) & (2**bits - 1)
     return {
         f"{module}.qweight": pack_rows(solution.codes.T, bits),
-        f"{module}.qzeros": pack_rows(minus_one.T, bits).T.contiguous(),
+        f"{module}.qzeros": pack_rows(zeros.T, bits).T.contiguous(),
         f"{module}.scales": solution.scales.to(torch.float16),
         f"{module}.g_idx": solution.group_index,
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], module: str, bits: int, device: str) -> Tensor:
+def _zero_offset(quantization: Mapping[str, Any]) -> int:
+    return 1 if quantization.get("checkpoint_format", "gptq") == "gptq" else 0
+
+
+def unpack(tensors: Mapping[str, Tensor], module: str, quantization: Mapping[str, Any], device: str) -> Tensor:
     """The weight [out_features, in_features], float32, that a layer's four tensors stand for."""
+    bits = int(quantization["bits"])
     qweight, qzeros, scales, g_idx = (tensors[f"{module}.{part}"].to(device) for part in PARTS)
     codes = unpack_rows(qweight, bits)
-    zeros = (unpack_rows(qzeros.T.contiguous(), bits).T.to(torch.int32) + 1) & (2**bits - 1)
+    zeros = (unpack_rows(qzeros.T.contiguous(), bits).T.to(torch.int32) + _zero_offset(quantization)) & (2**bits - 1)
     group = g_idx.long()
     weight = (codes.to(torch.int32) - zeros[group]).float() * scales.float()[group]
     return weight.T.contiguous()
@@ -61,14 +69,14 @@ def unpack(tensors: Mapping[str, Tensor], module: str, bits: int, device: str) -
 def unpack_all(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any], device: str) -> dict[str, Tensor]:
     """{`x.weight`: float32 weight} for every packed layer among the tensors."""
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    return {f"{module}.weight": unpack(tensors, module, int(quantization["bits"]), device) for module in modules}
+    return {f"{module}.weight": unpack(tensors, module, quantization, device) for module in modules}
 
 
 def quantization_config(bits: int, group_size: int, act_order: bool, symmetric: bool, damping: float) -> dict[str, Any]:
     """What goes into `quantize_config.json`, and into config.json under `quantization_config`."""
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "bits": bits,
         "group_size": group_size,
         "desc_act": act_order,

@@ -61,10 +61,10 @@ def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
 
 
 def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
-    """Two codes share a byte."""
-    for name, (rows, columns) in family_of(facts.config).linear_weights(facts.config).items():
-        if rows * columns % 2:
-            yield f"{name} has an odd number of weights ({rows} x {columns}), which NF4 can't pack"
+    """Blocks must end where rows do: bitsandbytes' CPU kernel unpacks others wrongly."""
+    for name, (_, columns) in family_of(facts.config).linear_weights(facts.config).items():
+        if columns % parameters.block_size:
+            yield f"block_size {parameters.block_size} does not divide the {columns} inputs of {name}; 64 is the usual"
             return
 
 
@@ -118,7 +118,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
                     scales=solution.scales[:, first:last],
                     zeros=solution.zeros[:, first:last],
                 )
-                tensors.update(pack(name.removesuffix(".weight"), part, parameters.bits))
+                tensors.update(pack(name.removesuffix(".weight"), part, settings))
                 first = last
         return Change(tensors, frozenset(block.weights))
 

@@ -178,13 +178,24 @@ def check_safetensors(path: str) -> None:
         )
 
 
+def read_config(folder: str) -> dict[str, Any]:
+    """config.json of a model folder. Raises SourceError when it is none."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds no settings; copy or download it again")
+    return config
+
+
 def peek_config(source: str) -> Mapping[str, Any] | None:
     """config.json of a model source, as far as it can be had without loading or downloading; else None."""
     located = locate(source)
     if located.kind == "folder":
-        with open(os.path.join(located.path, "config.json")) as file:
-            config: Mapping[str, Any] = json.load(file)
-        return config
+        return read_config(located.path)
     if located.kind == "file":
         return _gguf_config(located.path)
     return None

@@ -14,7 +14,7 @@ from pydantic import Field
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..architectures import Family, family_of
 from ..stage import Parameters, Run, json_file, stage
-from .locate import MODEL_FILES, SourceError, check_model, hub_commit, locate, model_content, weight_files
+from .locate import MODEL_FILES, SourceError, check_model, hub_commit, locate, model_content, read_config, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def model(run: Run, parameters: ModelParameters) -> Artifact:
     format, quantization = _packed_format(opened.config)
     skeleton = Skeleton(opened.config, dtype, "cpu")
     expected = skeleton.parameter_names()
-    tied = bool(opened.config.get("tie_word_embeddings", False))
+    tied = bool(skeleton.model.config.tie_word_embeddings)  # some families tie unless the config says otherwise
     head = family.file_name("lm_head.weight")
     if tied:
         expected.pop(head, None)
@@ -113,7 +113,8 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
     if not settings:
         return "dense", None
     method = settings.get("quant_method")
-    if method == "gptq" and settings.get("checkpoint_format", "gptq") == "gptq" and settings.get("bits") in (2, 4, 8):
+    readable = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2") and settings.get("bits") in (2, 4, 8)
+    if method == "gptq" and readable:
         return "gptq", settings
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
         return "bitsandbytes", settings
@@ -148,8 +149,7 @@ def _open_folder(folder: str) -> Opened:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    with open(os.path.join(folder, "config.json")) as file:
-        config = json.load(file)
+    config = read_config(folder)
     family = family_of(config)
     where: dict[str, tuple[str, str]] = {}
     try:

@@ -28,7 +28,7 @@ def text_content(source: str, revision: str | None, name: str | None) -> dict[st
     located = _locate_text(source)
     if located.kind == "hub":
         return {"dataset": source, "name": name, "commit": hub_commit(source, revision, "dataset")}
-    return {"file": file_digest(located.path)}
+    return {"jsonl" if _is_json_lines(located.path) else "text": file_digest(located.path)}
 
 
 def text_bytes(source: str, split: str) -> int | None:
@@ -57,13 +57,14 @@ def check_text(source: str, split: str) -> None:
 
 def documents(source: str, split: str, field: str, name: str | None, revision: str | None) -> Iterator[str]:
     """The documents of a split, in a fixed order. Raises SourceError."""
+    check_text(source, split)
     if source == PYTHON_DOCS:
         yield from _dealt(_running_blocks(_python_docs()), split)
         return
     located = _locate_text(source)
     if located.kind == "hub":
         yield from _hub_documents(source, split, field, name, revision)
-    elif located.path.endswith((".jsonl", ".ndjson")):
+    elif _is_json_lines(located.path):
         yield from _dealt(_json_lines(located.path, field), split)
     else:
         with open(located.path, encoding="utf-8") as file:
@@ -72,6 +73,10 @@ def documents(source: str, split: str, field: str, name: str | None, revision: s
             except UnicodeDecodeError as error:
                 raise SourceError(f"{located.path} is not UTF-8 text: {error}") from error
         yield from [text] if split == "all" else _dealt(_running_blocks([text]), split)
+
+
+def _is_json_lines(path: str) -> bool:
+    return path.endswith((".jsonl", ".ndjson"))
 
 
 def _locate_text(source: str) -> Located:
@@ -117,12 +122,14 @@ def _dealt(blocks: Iterable[str], split: str) -> Iterator[str]:
 
 
 def _json_lines(path: str, field: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise SourceError(f"{path} line {number} is not UTF-8 text: {error}") from error
             except ValueError as error:
                 raise SourceError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(record, dict) or not isinstance(record.get(field), str):

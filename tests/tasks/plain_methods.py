@@ -175,8 +175,11 @@ def gptq(
     return codes, scales, zeros
 
 
-def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int) -> Tensor:
-    """The float32 weight [out_features, in_features] of a layer in GPTQ's checkpoint format, number by number."""
+def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int, offset: int = 1) -> Tensor:
+    """The float32 weight [out_features, in_features] of a layer in GPTQ's checkpoint format, number by number.
+
+    offset: by how much stored zero points are too low, 1 in version 1 of the format and 0 in version 2.
+    """
     qweight, qzeros = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
     scales, g_idx = tensors[f"{module}.scales"].float(), tensors[f"{module}.g_idx"].tolist()
     lanes, top = 32 // bits, 2**bits - 1
@@ -184,7 +187,7 @@ def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int) -> Tensor:
     steps = [
         [
             ((words[column // lanes][row] >> (bits * (column % lanes))) & top)
-            - (((zero_words[group][row // lanes] >> (bits * (row % lanes))) & top) + 1)
+            - (((zero_words[group][row // lanes] >> (bits * (row % lanes))) & top) + offset)
             for column, group in enumerate(g_idx)
         ]
         for row in range(qweight.shape[1])

@@ -40,7 +40,7 @@ def test_a_word_full_of_the_highest_code_is_minus_one(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packed_layers_have_the_shapes_and_dtypes_of_the_format(bits: int) -> None:
-    packed = pack("model.layer", random_solution(bits), bits)
+    packed = pack("model.layer", random_solution(bits), {"bits": bits})
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()} == {
         "model.layer.qweight": (torch.int32, (64 * bits // 32, 32)),
         "model.layer.qzeros": (torch.int32, (4, 32 * bits // 32)),
@@ -49,25 +49,33 @@ def test_packed_layers_have_the_shapes_and_dtypes_of_the_format(bits: int) -> No
     }
 
 
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_unpacked_weights_are_codes_minus_zero_point_times_scale(bits: int) -> None:
+def test_unpacked_weights_are_codes_minus_zero_point_times_scale(bits: int, checkpoint_format: str) -> None:
     solution = random_solution(bits)
-    packed = pack("layer", solution, bits)
+    settings = {"bits": bits, "checkpoint_format": checkpoint_format}
+    packed = pack("layer", solution, settings)
     group = solution.group_index.long()
     expected = (solution.codes.float() - solution.zeros[group].T.float()) * solution.scales[group].T
-    assert torch.equal(unpack(packed, "layer", bits, "cpu"), expected)
-    assert torch.equal(plain_methods.gptq_weight(packed, "layer", bits), expected)
+    assert torch.equal(unpack(packed, "layer", settings, "cpu"), expected)
+    offset = 1 if checkpoint_format == "gptq" else 0
+    assert torch.equal(plain_methods.gptq_weight(packed, "layer", bits, offset), expected)
 
 
 def test_a_zero_point_of_zero_survives_the_subtraction_of_one() -> None:
     solution = random_solution(4)._replace(zeros=torch.zeros(4, 32, dtype=torch.uint8))
     expected = solution.codes.float() * solution.scales[solution.group_index.long()].T
-    assert torch.equal(unpack(pack("layer", solution, 4), "layer", 4, "cpu"), expected)
+    assert torch.equal(unpack(pack("layer", solution, {"bits": 4}), "layer", {"bits": 4}, "cpu"), expected)
 
 
 def test_all_packed_layers_among_other_tensors_are_unpacked_under_their_weights_names() -> None:
-    tensors = {**pack("a", random_solution(4), 4), **pack("b.c", random_solution(4, rows=8), 4), "norm": torch.ones(3)}
-    weights = unpack_all(tensors, {"bits": 4}, "cpu")
+    four = {"bits": 4}
+    tensors = {
+        **pack("a", random_solution(4), four),
+        **pack("b.c", random_solution(4, rows=8), four),
+        "norm": torch.ones(3),
+    }
+    weights = unpack_all(tensors, four, "cpu")
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
         "a.weight": (32, 64),
         "b.c.weight": (8, 64),

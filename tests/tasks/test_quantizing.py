@@ -21,10 +21,10 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 
 
-def plain_weights(tensors: Tensors, bits: int = 4) -> Tensors:
-    """{weight name: float32 weight} of all layers in GPTQ's format."""
+def plain_weights(tensors: Tensors, bits: int = 4, symmetric: bool = True) -> Tensors:
+    """{weight name: float32 weight} of all layers in GPTQ's format, version 1 for symmetric grids, else 2."""
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    return {f"{module}.weight": plain_methods.gptq_weight(tensors, module, bits) for module in modules}
+    return {f"{module}.weight": plain_methods.gptq_weight(tensors, module, bits, int(symmetric)) for module in modules}
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_quantized_model_computes_with_exactly_what_its_stored_tensors_stand_f
     base = import_model("llama")
     quantized = gptq(base, **parameters)
     ids = windows(make_tokens(base))
-    weights = plain_weights(read_tensors(quantized), parameters.get("bits", 4))
+    weights = plain_weights(read_tensors(quantized), parameters.get("bits", 4), parameters.get("symmetric", True))
     with plain_methods.weights_of(whole_model("llama"), weights) as model, torch.no_grad():
         expected = torch.cat([model(window[None]).logits for window in ids])
     assert torch.equal(block_loop_logits(quantized, ids), expected)
@@ -111,7 +111,7 @@ def test_what_feeds_the_next_block_are_the_weights_as_stored(
         return forward(self, index, weights, hidden)
 
     monkeypatch.setattr(Skeleton, "forward_block", watched)
-    stored = plain_weights(read_tensors(gptq(base, symmetric=False)))
+    stored = plain_weights(read_tensors(gptq(base, symmetric=False)), symmetric=False)
     assert len(stored) == 3 * 7
     for index, name in itertools.product((0, 1), ("self_attn.k_proj.weight", "mlp.down_proj.weight")):
         assert torch.equal(last[index][name], stored[f"model.layers.{index}.{name}"])
@@ -132,7 +132,7 @@ def test_quantizing_a_pruned_model_keeps_its_zeros_and_masks(
     quantized = gptq(pruned, symmetric=symmetric)
     assert store.manifest(quantized).masks == store.manifest(pruned).masks
     dense = read_tensors(pruned)
-    for name, weight in plain_weights(read_tensors(quantized)).items():
+    for name, weight in plain_weights(read_tensors(quantized), symmetric=symmetric).items():
         assert bool((weight[dense[name] == 0] == 0).all()), name
 
 
@@ -177,7 +177,7 @@ def test_the_configuration_says_how_it_was_quantized_in_both_places(
     base = import_model("llama")
     quantized = gptq(base, bits=8, group_size=64, act_order=True, symmetric=False, damping=0.05)
     expected = {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": 8, "group_size": 64, "desc_act": True,
+        "quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 8, "group_size": 64, "desc_act": True,
         "sym": False, "damp_percent": 0.05, "lm_head": False, "pack_dtype": "int32",
     }  # fmt: skip
     config = json.loads(store.read_file(quantized, "config.json"))

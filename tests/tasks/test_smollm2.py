@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ LAYERS = 30 * 7
 Stage = Callable[..., Artifact]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _more_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """One store for all tests here, so that each stage runs once."""
@@ -35,7 +44,7 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def stage(run_stage: Callable[..., Artifact], shared_store: Store) -> Stage:
-    """`stage(name, parameters…, role=artifact…)` on the shared store."""
+    """`stage(name, inputs, **parameters)` on the shared store."""
 
     def run(name: str, inputs: dict[str, Artifact], **parameters: Any) -> Artifact:
         return run_stage(name, inputs, shared_store, **parameters)
@@ -82,16 +91,9 @@ def perplexity(stage: Stage, shared_store: Store) -> Callable[[Artifact, Artifac
 
     def measure(model: Artifact, data: Artifact) -> float:
         metrics = stage("evaluate/perplexity", {"model": model, "data": data})
-        return float(_json(shared_store, metrics)["perplexity"])
+        return float(json.loads(shared_store.read_file(metrics, "metrics.json"))["perplexity"])
 
     return measure
-
-
-def _json(store: Store, metrics: Artifact) -> dict[str, Any]:
-    import json
-
-    found: dict[str, Any] = json.loads(store.read_file(metrics, "metrics.json"))
-    return found
 
 
 def perplexity_of(logits: Tensor, windows: Tensor) -> float:
