@@ -28,7 +28,8 @@ OWN_BLOB_BYTES = 64 * 1024
 # The name that every tensor with a blob of its own has inside that blob.
 LONE_NAME = "tensor"
 
-_THREADS = min(4, (os.cpu_count() or 1) + 1)
+# More than processors: threads wait for the disk to confirm more than they compute.
+_THREADS = min(8, (os.cpu_count() or 1) + 4)
 
 
 class Artifact(NamedTuple):

@@ -60,13 +60,18 @@ def progressively(model: Any, blocks: str, windows: Tensor) -> Iterator[dict[str
 
 @torch.no_grad()
 def wanda(model: Any, blocks: str, windows: Tensor, sparsity: float) -> dict[str, Tensor]:
-    """Prune `model` in place as in Sun et al. 2023, algorithm 1; returns {weight name: mask, True where kept}."""
+    """Prune `model` in place as in Sun et al. 2023, algorithm 1; returns {weight name: mask, True where kept}.
+
+    The running mean over windows is their code's; it is the sum of squares but for a factor and rounding.
+    """
     masks = {}
     for inputs in progressively(model, blocks, windows):
         for name, windows_of_inputs in inputs.items():
             weight = model.get_parameter(name)
-            norm = torch.cat(windows_of_inputs).pow(2).sum(0).sqrt()
-            order = torch.sort(weight.abs() * norm, dim=1, stable=True).indices
+            mean_square = torch.zeros(weight.shape[1])
+            for count, one_window in enumerate(windows_of_inputs):
+                mean_square = mean_square * count / (count + 1) + one_window.norm(dim=0) ** 2 / (count + 1)
+            order = torch.sort(weight.abs() * mean_square.sqrt(), dim=1, stable=True).indices
             mask = torch.ones_like(weight, dtype=torch.bool)
             mask.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], False)
             weight *= mask
