@@ -36,7 +36,9 @@ def unpack_all(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
         name = state_name.removesuffix(STATE)
         parts = {key[len(name) + 1 :]: tensors[key] for key in tensors if key.startswith(f"{name}.")}
         state = bnb.QuantState.from_dict(parts, device=torch.device(device))
-        weights[name] = bnb.dequantize_4bit(tensors[name].to(device), quant_state=state)
+        # Unpacked flat: bitsandbytes' CPU kernel misreads blocks that don't end where rows do.
+        shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+        weights[name] = bnb.dequantize_4bit(tensors[name].to(device), quant_state=state).reshape(shape)
     return weights
 
 

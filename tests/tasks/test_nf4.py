@@ -44,8 +44,10 @@ def test_every_weight_gets_the_nearest_code_of_its_block(block_size: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (64, 64), (576, 64), (256, 128)])
-def test_unpacked_weights_are_code_times_scale(columns: int, block_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (96, 64), (64, 128), (576, 128)])
+def test_unpacked_weights_are_code_times_scale_whether_or_not_blocks_end_where_rows_do(
+    columns: int, block_size: int, dtype: torch.dtype
+) -> None:
     tensors = pack("layer.weight", some_weight(32, columns).to(dtype), block_size, double=False)
     weight = unpack_all(tensors, "cpu")["layer.weight"]
     assert weight.dtype == dtype

@@ -38,9 +38,25 @@ def gptq(run_stage: Callable[..., Artifact], make_tokens: Callable[..., Artifact
     return run
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3_text"])
+DEFAULTS: dict[str, Any] = {
+    "bits": 4, "group_size": 32, "symmetric": True, "act_order": False, "static_groups": False, "damping": 0.01,
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "bits": 8, "group_size": 64, "symmetric": False, "act_order": True, "static_groups": True, "damping": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}), ("opt", {}), ("gpt_neox", {}), ("gemma3_text", {}),
+        *(("llama", {name: value}) for name, value in OTHERS.items()),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_after_block(
     family: str,
+    changes: dict[str, Any],
     import_model: Callable[..., Artifact],
     whole_model: Callable[..., Any],
     make_tokens: Callable[..., Artifact],
@@ -50,7 +66,8 @@ def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_af
     blocks_of: Callable[[str], str],
 ) -> None:
     base = import_model(family)
-    stored = plain_weights(read_tensors(gptq(base)))
+    settings = {**DEFAULTS, **changes}
+    stored = plain_weights(read_tensors(gptq(base, **changes)), settings["bits"], settings["symmetric"])
     model = whole_model(family)
     seen = set()
     for inputs in plain_methods.progressively(model, blocks_of(family), windows(make_tokens(base))):
@@ -59,10 +76,7 @@ def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_af
             for window in windows_of_inputs:
                 gram.add(window)
             weight = model.get_parameter(name)
-            solution = solve(
-                weight, gram.matrix(), bits=4, group_size=32, symmetric=True, act_order=False, static_groups=False,
-                damping=0.01,
-            )  # fmt: skip
+            solution = solve(weight, gram.matrix(), **settings)
             group = solution.group_index.long()
             expected = (solution.codes.float() - solution.zeros[group].T.float()) * solution.scales[group].T
             # The stage stacks layers that read the same input, which may round some last bit differently.
