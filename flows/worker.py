@@ -30,10 +30,6 @@ logger = logging.getLogger("coldpress")
 Progress = Callable[[str, int, int], None]
 
 
-# OpenMP threads that wait by spinning make everyone several times slower when others use the same cores.
-_POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
-
-
 class WorkerDied(StageError):
     """The worker process ended without an answer."""
 
@@ -54,7 +50,6 @@ class Worker:
             text=True,
             encoding="utf-8",
             start_new_session=True,
-            env={**_POLITE, **os.environ},
         )
         threading.Thread(target=self._listen, daemon=True).start()
 
