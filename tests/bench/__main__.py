@@ -81,7 +81,7 @@ def _report(rows: dict[str, list[Row]], failed: list[str]) -> None:
             verdict = "" if row.bound is None else "[green]ok[/]" if row.met else "[bold red]NOT OK[/]"
             bound = "" if row.bound is None else f"<= {row.bound:g} {row.unit}"
             first = name if number == 0 else ""
-            value = f"{row.value:.3g} {row.unit}"
+            value = f"{row.value:.3f} {row.unit}"
             table.add_row(first, escape(row.claim), value, bound, verdict, escape(row.detail))
         table.add_section()
     for name in failed:
@@ -89,7 +89,7 @@ def _report(rows: dict[str, list[Row]], failed: list[str]) -> None:
     console.print(table)
     for row in missed:
         console.print(
-            f"[bold red]BOUND MISSED:[/] {escape(row.claim)}: {row.value:.3g} {row.unit}, bound {row.bound:g}"
+            f"[bold red]BOUND MISSED:[/] {escape(row.claim)}: {row.value:.3f} {row.unit}, bound {row.bound:g}"
         )
     if not missed and not failed:
         console.print("[green]every bound is kept[/]")

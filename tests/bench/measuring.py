@@ -36,7 +36,7 @@ class Row:
         return self.bound is None or self.value <= self.bound
 
 
-def ratio(claim: str, ours: float, theirs: float, bound: float, detail: str = "") -> Row:
+def ratio(claim: str, ours: float, theirs: float, bound: float | None = None, detail: str = "") -> Row:
     """A row for ours / theirs, both given in the detail."""
     return Row(claim, ours / theirs, "x", bound, detail or f"{ours:.2f} s / {theirs:.2f} s")
 

@@ -116,7 +116,7 @@ def import_inputs(folder: str, store_folder: str) -> list[Any]:
         return [model, writer.publish()]
 
 
-def prune(store_folder: str, model: list[str], calibration: list[str]) -> int:
+def prune(store_folder: str, model: list[Any], calibration: list[Any]) -> int:
     """Peak bytes of the stage."""
     from coldpress.flows.worker import Worker
     from coldpress.storage.artifacts import Artifact
@@ -125,7 +125,7 @@ def prune(store_folder: str, model: list[str], calibration: list[str]) -> int:
     from .smollm2 import run_stage
 
     worker = Worker("cpu")
-    inputs = {"model": Artifact(*model), "calibration": Artifact(*calibration)}  # type: ignore[arg-type]
+    inputs = {"model": Artifact(*model), "calibration": Artifact(*calibration)}
     action = run_stage(worker, Store(store_folder), "prune/wanda", inputs, sparsity=0.5)
     worker.kill()
     assert action.provenance["peak_memory_of"] == "stage", "the peak cannot be told from what came before the stage"
