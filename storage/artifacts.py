@@ -130,7 +130,7 @@ class ArtifactWriter:
         self._store = store
         self._kind: Kind = kind
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="blob-writer")
-        self._pending: list[Future[Written]] = []
+        self._pending: list[tuple[Future[Written], dict[str, TensorEntry]]] = []
         self._tensors: dict[str, TensorEntry] = {}
         self._masks: dict[str, TensorEntry] = {}
         self._files: dict[str, str] = {}
@@ -143,19 +143,16 @@ class ArtifactWriter:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-        """Store tensors. `prefix` is their block's ("model.layers.3."): small ones share a blob, named without it."""
-        self._settle()
-        self._pending = self._submit(
-            {name: from_torch(tensor.detach().clone()) for name, tensor in tensors.items()}, prefix
-        )
+        """Store tensors, which nobody may change before `publish`.
+
+        prefix: their block's ("model.layers.3."); small ones share a blob, named without it.
+        """
+        self.settle()
+        self._submit({name: from_torch(tensor) for name, tensor in tensors.items()}, prefix, self._tensors)
 
     def add_masks(self, masks: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Store boolean masks, [out_features, in_features], under the names of the weights they belong to."""
-        packed = {name: from_torch(pack_mask(mask)) for name, mask in masks.items()}
-        for future in self._submit(packed, prefix):
-            written = future.result()
-            self._masks.update(written.tensors)
-            self._blobs.update(written.blobs)
+        self._submit({name: from_torch(pack_mask(mask)) for name, mask in masks.items()}, prefix, self._masks)
 
     def share(self, source: Manifest, names: Iterable[str]) -> None:
         """Take over tensors of another artifact as they are: no bytes are read or written."""
@@ -185,7 +182,7 @@ class ArtifactWriter:
         self, *, format: str = "dense", quantization: Mapping[str, Any] | None = None, base: str | None = None
     ) -> Artifact:
         """Make the artifact visible, when all its blobs are safely written. Returns its reference."""
-        self._settle()
+        self.settle()
         used = {entry.blob for entry in (*self._tensors.values(), *self._masks.values())} | set(self._files.values())
         manifest = Manifest(
             kind=self._kind,
@@ -199,26 +196,26 @@ class ArtifactWriter:
         )
         return self._store.put_manifest(manifest)
 
-    def _settle(self) -> None:
-        for future in self._pending:
+    def settle(self) -> None:
+        """Wait until all that was added is written."""
+        for future, entries in self._pending:
             written = future.result()
-            self._tensors.update(written.tensors)
+            entries.update(written.tensors)
             self._blobs.update(written.blobs)
         self._pending = []
 
-    def _submit(self, tensors: Mapping[str, TensorBytes], prefix: str) -> list[Future[Written]]:
+    def _submit(self, tensors: Mapping[str, TensorBytes], prefix: str, entries: dict[str, TensorEntry]) -> None:
+        """Begin to write tensors; `settle` puts what became of them into `entries`."""
         small: dict[str, TensorBytes] = {}
-        futures = []
         for name, tensor in tensors.items():
             if len(tensor.data) >= OWN_BLOB_BYTES:
-                futures.append(self._pool.submit(self._put, {LONE_NAME: tensor}, [name]))
+                self._pending.append((self._pool.submit(self._put, {LONE_NAME: tensor}, [name]), entries))
             else:
                 small[name] = tensor
         if small:
             names = sorted(small)
             relative = {name.removeprefix(prefix): small[name] for name in names}
-            futures.append(self._pool.submit(self._put, relative, names))
-        return futures
+            self._pending.append((self._pool.submit(self._put, relative, names), entries))
 
     def _put(self, tensors: Mapping[str, TensorBytes], names: Sequence[str]) -> Written:
         header = encode_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
@@ -294,18 +291,15 @@ class ArtifactReader:
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """A boolean mask [rows, columns] as uint8 [rows, ceil(columns / 8)], the first column in the highest bit."""
+    import numpy
     import torch
 
-    rows, columns = mask.shape
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).reshape(rows, -1, 8)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
+    return torch.from_numpy(numpy.packbits(mask.cpu().numpy(), axis=1))
 
 
 def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The inverse of `pack_mask` for a mask of `shape`."""
+    import numpy
     import torch
 
-    shifts = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.reshape(packed.shape[0], -1)[:, : shape[1]].to(torch.bool)
+    return torch.from_numpy(numpy.unpackbits(packed.numpy(), axis=1, count=shape[1])).view(torch.bool)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import threading
 import uuid
@@ -20,6 +21,9 @@ import numpy as np
 
 from .digests import Buffer, total_bytes
 from .errors import StoreError, write_error
+
+# The C library keeps freed memory of this and greater sizes in the arenas of the threads that once asked for it.
+_MAPPED_BYTES = 1 << 20
 
 
 class Files(Protocol):
@@ -84,7 +88,7 @@ class LocalFiles:
 
     def read(self, path: str) -> memoryview:
         with open(self._full(path), "rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data.cast("B")
+            data = _new_buffer(os.fstat(file.fileno()).st_size)
             done = 0
             while done < len(data):
                 count = file.readinto(data[done:])
@@ -217,6 +221,13 @@ class LocalFiles:
                 os.unlink(temporary)
             raise write_error(full, error) from error
         return temporary
+
+
+def _new_buffer(size: int) -> memoryview:
+    """Memory to read a file into; large ones are mapped, so that all of it goes back to the system with the tensor."""
+    if size < _MAPPED_BYTES:
+        return np.empty(size, np.uint8).data.cast("B")
+    return memoryview(mmap.mmap(-1, size))
 
 
 _IN_MEMORY = threading.Lock()  # fsspec's memory:// looks and then writes; other threads must not come between

@@ -2,7 +2,7 @@
 
 `run_blocks` is the whole of it. For each block: load it alone; run the calibration windows through it to gather what
 the method needs; let the method change its weights; store the result; run the windows through the block *as stored*
-to feed the next one; let it go. Statistics are summed one window at a time in a fixed order, so a run that is
+to feed the next one; let it go. Statistics are summed in a fixed order, so a run that is
 interrupted and resumed ends in the same bytes.
 """
 
@@ -155,7 +155,6 @@ def run_blocks(
     writer.share(model.manifest, model.names(None))
 
     for index in range(model.blocks):
-        model.prefetch(index + 1)
         stored = model.stored(index)
         prefix = model.family.block_prefix(index)
         linears = model.linears(index)
@@ -172,6 +171,8 @@ def run_blocks(
             masks={name: mask.to(run.device) for name, mask in model.reader.masks(model.linear_shapes(index)).items()},
             linears=linears,
         )
+        writer.settle()  # the last block's results are let go before the next block is read
+        model.prefetch(index + 1)  # here, since methods leave processors idle that a pass through the block keeps busy
         result = change(block)
         del block, statistics
         writer.add_tensors(result.tensors, prefix)

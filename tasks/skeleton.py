@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from .architectures import Family, family_of
 
+# Windows go through a block together up to this many tokens: small matrices keep no processor busy.
+TOKENS_AT_ONCE = 1024
+
 
 class Statistic(Protocol):
-    """Something summed over the calibration inputs of a linear layer, one window at a time."""
+    """Something summed over the calibration inputs of a linear layer, a few windows at a time."""
 
     def add(self, inputs: Tensor) -> None:
-        """Add one window's inputs, [tokens, in_features]."""
+        """Add the inputs of some windows, [tokens, in_features]."""
         ...
 
 
@@ -72,7 +75,7 @@ class Skeleton:
         return hidden
 
     def forward_block(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Output of block `index`, [1, length, hidden]; `weights` are named relative to the block."""
+        """Output of block `index`, [windows, length, hidden]; `weights` are named relative to the block."""
         arguments, keywords = self._calls[index]
         output = torch.func.functional_call(
             self._blocks[index], dict(weights), (hidden, *arguments), keywords, strict=True
@@ -81,8 +84,8 @@ class Skeleton:
 
     def advance(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
         """Replace windows [windows, length, hidden], wherever they are kept, by the outputs of block `index`."""
-        for window in hidden:
-            window.copy_(self.forward_block(index, weights, window[None].to(self.device))[0])
+        for part in _parts(hidden):
+            part.copy_(self.forward_block(index, weights, part.to(self.device)))
 
     def gather(
         self, index: int, weights: Mapping[str, Tensor], hidden: Tensor, wanted: Mapping[str, Statistic]
@@ -108,10 +111,10 @@ class Skeleton:
             block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
         ]
         try:
-            for window in hidden:
+            for part in _parts(hidden):
                 left = len(wanted)
                 with _ignoring_stop():
-                    self.forward_block(index, weights, window[None].to(self.device))
+                    self.forward_block(index, weights, part.to(self.device))
         finally:
             for handle in handles:
                 handle.remove()
@@ -194,6 +197,11 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
         return device
     free, _ = torch.cuda.mem_get_info(device)
     return device if math.prod(shape) * dtype.itemsize <= free / 2 else "cpu"
+
+
+def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Views of windows [windows, length, hidden] that go through a block together."""
+    return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 
 
 @contextmanager

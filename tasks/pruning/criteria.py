@@ -23,7 +23,7 @@ def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
 
     weight: [out_features, in_features]; input_norm: [in_features], the norm of each input over all calibration tokens.
     """
-    return weight.float().abs() * input_norm.float()
+    return (weight * input_norm.float()).abs_()
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class InputNorm:
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in_features] of any floating dtype; the sum is in float32."""
-        import torch
-
-        norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
-        squares = norms.square_()
+        squares = inputs.float().square().sum(0)
         self._sum = squares if self._sum is None else self._sum.add_(squares)
 
     def norm(self) -> Tensor:

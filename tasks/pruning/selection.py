@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ELEMENTS_AT_ONCE = 1 << 18  # what fits into a processor's cache
+
+
 class Pattern(NamedTuple):
     """N:M sparsity: `kept` weights of every `group` consecutive inputs stay."""
 
@@ -46,17 +49,41 @@ def keep_by_pattern(score: Tensor, pattern: Pattern) -> Tensor:
     return _keep_above(groups, pattern.group - pattern.kept).reshape(rows, columns)
 
 
+def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
+    """The weight, of any floating dtype, with zeros (+0.0) where `keep` is False."""
+    import torch
+
+    # Integers of the same width: on the CPU several times as fast as torch.where, and exact for every value.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+    return (weight.view(bits) * keep).view(weight.dtype)
+
+
 def _keep_above(score: Tensor, count: int) -> Tensor:
     """True but for the `count` lowest scores of each row; of equal ones the first go."""
     import torch
 
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(count, dim=1, keepdim=True).values
-    remove = score < threshold
-    # Of the scores equal to the threshold, as many go as are still missing from the count.
-    ties = score == threshold
-    missing = count - remove.sum(1, keepdim=True)
-    if bool((ties.sum(1, keepdim=True) != missing).any()):
-        ties &= ties.cumsum(1) <= missing
-    return ~(remove | ties)
+    threshold = _kth_lowest(score, count)
+    keep = score > threshold
+    missing = score.shape[1] - count - keep.sum(1, keepdim=True)
+    if bool(missing.any()):  # of the scores equal to the threshold, the last stay
+        ties = score == threshold
+        keep |= ties & (ties.sum(1, keepdim=True) - ties.cumsum(1) < missing)
+    return keep
+
+
+def _kth_lowest(score: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest score of each row, [rows, 1]."""
+    if score.device.type != "cpu":
+        return score.kthvalue(count, dim=1, keepdim=True).values
+    import numpy
+    import torch
+
+    # On the CPU, numpy's partition is several times as fast as torch's kthvalue.
+    threshold = torch.empty(len(score), 1)
+    rows = max(1, _ELEMENTS_AT_ONCE // score.shape[1])
+    for part, result in zip(score.split(rows), threshold.split(rows), strict=True):
+        ordered = numpy.partition(part.numpy(), count - 1, axis=1)
+        result.copy_(torch.from_numpy(ordered[:, count - 1 : count]))
+    return threshold

@@ -11,7 +11,7 @@ from ...storage.artifacts import Artifact, ArtifactWriter
 from ..architectures import family_of
 from ..stage import ModelFacts, Parameters, Run, stage
 from .criteria import CRITERIA, Criterion, InputNorm
-from .selection import keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
+from .selection import apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
 
 
 class PruneParameters(Parameters):
@@ -86,8 +86,8 @@ def _prune(
             if name in block.masks:
                 keep &= block.masks[name]
             masks[name] = keep
-            tensors[name] = weight.masked_fill(~keep, 0)
-            removed[name] = 1 - keep.sum().item() / keep.numel()
+            tensors[name] = apply_mask(weight, keep)
+            removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
         return Change(tensors, frozenset(tensors), masks)
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:

@@ -52,6 +52,19 @@ def test_logits_a_block_at_a_time_equal_those_of_the_whole_model(
     assert torch.equal(by_blocks, whole_logits(whole_model(family, **changes), some_windows()))
 
 
+@pytest.mark.parametrize("tokens", [1, 80, 1024])  # one window at a time, two and one, all three
+def test_logits_do_not_depend_on_how_many_windows_go_through_a_block_together(
+    tokens: int,
+    import_model: Callable[..., Artifact],
+    whole_model: Callable[..., Any],
+    block_loop_logits: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coldpress.tasks.skeleton.TOKENS_AT_ONCE", tokens)
+    by_blocks = block_loop_logits(import_model("llama"), some_windows())
+    torch.testing.assert_close(by_blocks, whole_logits(whole_model("llama"), some_windows()))
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_bfloat16_logits_equal_those_of_the_whole_model(
     family: str,

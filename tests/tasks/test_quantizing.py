@@ -73,8 +73,7 @@ def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_af
     for inputs in plain_methods.progressively(model, blocks_of(family), windows(make_tokens(base))):
         for name, windows_of_inputs in inputs.items():
             gram = Gram(windows_of_inputs[0].shape[1])
-            for window in windows_of_inputs:
-                gram.add(window)
+            gram.add(torch.cat(list(windows_of_inputs)))
             weight = model.get_parameter(name)
             solution = solve(weight, gram.matrix(), **settings)
             group = solution.group_index.long()

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from coldpress.tasks.pruning.selection import keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
+from coldpress.tasks.pruning.selection import apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
 from torch import Tensor
 
 SPARSITIES = [0.001, 0.1, 0.25, 0.37, 0.5, 0.7, 0.999]
@@ -62,6 +62,15 @@ def test_of_equal_scores_the_first_columns_go() -> None:
 
 def test_a_share_below_one_weight_removes_nothing() -> None:
     assert bool(keep_by_row(torch.zeros(3, 9), 0.1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_mask_makes_positive_zeros_and_leaves_the_rest_as_it_is(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[-1.5, 2.0, float("inf"), -0.0, float("-inf"), 3.0]], dtype=dtype)
+    keep = torch.tensor([[False, True, True, True, False, False]])
+    result = apply_mask(weight, keep)
+    assert result.dtype == dtype
+    assert str(result.tolist()) == "[[0.0, 2.0, inf, -0.0, 0.0, 0.0]]"
 
 
 def test_no_other_choice_in_a_row_removes_less() -> None:
