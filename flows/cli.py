@@ -30,7 +30,7 @@ def _answers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo(
-                "interrupted: finished stages are kept, the one that ran is not; the same command goes on from there",
+                "interrupted: all finished work is kept; the same command goes on from there",
                 err=True,
             )
             sys.exit(130)
@@ -113,6 +113,9 @@ def run(
         click.echo(json.dumps(document, indent=2))
     else:
         _print_table(document)
+    if result.stopped_by is not None:
+        click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
+        sys.exit(128 + result.stopped_by)
     sys.exit(1 if result.failed else 0)
 
 
@@ -122,6 +125,7 @@ def _print_table(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ..tasks.reporting.report import COLUMNS, rows
+    from .terminal import MARKS
 
     table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
     for column in COLUMNS:
@@ -132,7 +136,7 @@ def _print_table(document: dict[str, Any]) -> None:
     if document["variants"]:
         console.print(table)
     states = [stage["state"] for stage in document["stages"]]
-    counts = ", ".join(f"{states.count(s)} {s}" for s in ("computed", "cached", "failed", "skipped") if s in states)
+    counts = ", ".join(f"{states.count(s)} {s}" for s in MARKS if s in states)
     console.print(f"{len(states)} stages: {counts}", highlight=False)
     console.print(f"report: {document['report']}", highlight=False, soft_wrap=True)
 

@@ -6,24 +6,28 @@ tasks is an artifact reference. A run that is wholly cached answers without Pref
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
 from ..storage.errors import ColdpressError
+from ..storage.journal import unfinished
 from ..storage.store import Action, Store
-from ..tasks.stage import lookup
-from .plan import Planned, check_disk, prepare
+from ..tasks.stage import Preempted, lookup, preimage
+from .plan import Planned, check_disk, compare, prepare
+from .provenance import provenance_markdown, resumed_from
 from .recipe import Node, Recipe
 from .terminal import Pace, Terminal
 from .worker import InProcess, Worker
@@ -34,10 +38,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("coldpress")
 
+PREEMPTED = "Pre-empted"  # the name of the Prefect state
+LOOKUPS_AT_ONCE = 8  # in a run that computes nothing, so that it does not wait for the server's answers one by one
+
 
 @dataclass
 class StageResult:
-    """How a node ended. state: cached, computed, failed, or skipped (something before it failed)."""
+    """How a node ended.
+
+    state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
+    its work kept); failed; or skipped (something before it did not finish).
+    """
 
     name: str
     stage: str
@@ -51,7 +62,7 @@ class StageResult:
 
 @dataclass
 class RunResult:
-    """All that a run did. metrics: variant -> metric -> value."""
+    """All that a run did. metrics: variant -> metric -> value. stopped_by: the signal that asked it to stop."""
 
     run: str
     recipe: str
@@ -59,6 +70,7 @@ class RunResult:
     variants: tuple[str, ...]
     stages: dict[str, StageResult] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped_by: int | None = None
 
     @property
     def failed(self) -> bool:
@@ -183,7 +195,7 @@ def _run_on_prefect(
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,
-            task_runner=_task_runner(slots),
+            task_runner=_task_runner(slots if workers else LOOKUPS_AT_ONCE),
             persist_result=False,
             validate_parameters=False,
         )(execution.flow)
@@ -212,12 +224,12 @@ def _reach_server() -> None:
         raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
 
 
-def _task_runner(slots: int) -> Any:
+def _task_runner(threads: int) -> Any:
     from prefect.task_runners import ThreadPoolTaskRunner
 
     # One thread a worker: what waits for a device shows as pending. Nodes are submitted in an order in which inputs
     # come first, so a full pool never waits for a queued node.
-    return ThreadPoolTaskRunner(max_workers=slots)
+    return ThreadPoolTaskRunner(max_workers=threads)
 
 
 class _Execution:
@@ -238,30 +250,66 @@ class _Execution:
         self._workers = workers
         self._free = list(workers)
         self._condition = threading.Condition()
+        self._stopping = False
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
         """The flow's body; its parameters are there to be seen on the dashboard."""
-        from prefect.states import Completed, Failed
+        from prefect.states import Completed, Crashed, Failed
 
         futures: dict[str, Any] = {}
         try:
-            for node in self.recipe.nodes:
-                inputs = {role: futures[name] for role, name in node.inputs.items()}
-                futures[node.name] = self._task(node).submit(node.name, **inputs)
-            for node in self.recipe.nodes:
-                futures[node.name].wait()
-                if self.result.stages[node.name].state == "skipped":
-                    self.terminal.finish(node.name, "skipped", 0, "something before it failed")
-        except BaseException:  # Ctrl-C or a signal: threads that wait for a worker must come free at once
+            with self._heeding_signals():
+                self._run_all(futures)
+        except BaseException:  # threads that wait for a worker must come free at once
             for worker in self._workers:
                 worker.kill()
             raise
-        failed = [name for name, entry in self.result.stages.items() if entry.state in ("failed", "skipped")]
-        if failed:
-            return Failed(
-                message=f"{len(failed)} of {len(self.recipe.nodes)} stages did not finish: {', '.join(failed)}"
-            )
+        left = [name for name, entry in self.result.stages.items() if entry.artifact is None]
+        if left and self._stopping:
+            return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
+        if left:
+            return Failed(message=f"{len(left)} of {len(self.recipe.nodes)} stages did not finish: {', '.join(left)}")
         return Completed(message="all stages finished")
+
+    def _run_all(self, futures: dict[str, Any]) -> None:
+        for node in self.recipe.nodes:
+            inputs = {role: futures[name] for role, name in node.inputs.items()}
+            futures[node.name] = self._task(node).submit(node.name, **inputs)
+        for node in self.recipe.nodes:
+            futures[node.name].wait()
+            if self.result.stages[node.name].state == "skipped":
+                why = "the run was asked to stop" if self._stopping else "something before it failed"
+                self.terminal.finish(node.name, "skipped", 0, why)
+
+    @contextlib.contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask the running stages to stop, their work kept; the second time they end at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+            self.result.stopped_by = number
+            self.terminal.say(f"asked to stop: finishing what is at hand, for at most {grace:g} s (again: at once)")
+            timer.start()
+            for worker in self._workers:
+                worker.preempt()
+            with self._condition:
+                self._condition.notify_all()
+
+        grace = _grace_seconds()
+        timer = threading.Timer(grace, lambda: [worker.kill() for worker in self._workers])
+        timer.daemon = True
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            timer.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _task(self, node: Node) -> Task[Any, Any]:
         import prefect
@@ -276,23 +324,30 @@ class _Execution:
 
     def _run_node(self, stage_name: str, **inputs: Any) -> Any:
         """A task's body: look up, else compute; returns the artifact's kind and id."""
-        from prefect.states import Completed
+        from prefect.states import Completed, Crashed
 
         node = self.recipe.node(stage_name)
         artifacts = {role: Artifact(*reference) for role, reference in inputs.items()}
         began = time.perf_counter()
         try:
             action = lookup(self.store, node.stage, node.parameters, artifacts)
-            state = "cached" if action else "computed"
+            state = "cached"
             if action is None:
                 action = self._compute(node, artifacts)
+                state = "resumed" if "resumed" in action.provenance else "computed"
+        except Preempted as error:
+            self.result.stages[node.name] = StageResult(node.name, node.stage.name, "pre-empted", error=str(error))
+            self.terminal.finish(node.name, "pre-empted", 0, str(error))
+            return Crashed(name=PREEMPTED, message=str(error))
         except Exception as error:
             self.result.stages[node.name] = StageResult(node.name, node.stage.name, "failed", error=str(error))
             self.terminal.finish(node.name, "failed", 0, _with_line(self.recipe, node, error))
             raise
         _record(self.result, node, state, action)
         self._show_artifact(node, action, state)
-        self.terminal.finish(node.name, state, time.perf_counter() - began)
+        self.terminal.finish(
+            node.name, state, time.perf_counter() - began, resumed_from(action) if state == "resumed" else ""
+        )
         reference = list(action.artifact)
         return Completed(name="Cached", data=reference) if state == "cached" else reference
 
@@ -315,16 +370,27 @@ class _Execution:
                 update_progress_artifact(shown, percent, description=text)
 
         context = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name}
+        self._name_journals_that_do_not_fit(node, preimage(node.stage, node.parameters, artifacts))
         worker = self._take_worker()
         try:
             return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress)
         finally:
             self._give_back(worker)
 
+    def _name_journals_that_do_not_fit(self, node: Node, image: Mapping[str, Any]) -> None:
+        """Say of earlier unfinished attempts at this node why they are of no use now."""
+        for journal in unfinished(self.store):
+            context, then = journal["context"], journal["preimage"]
+            if (context.get("recipe"), context.get("node")) == (self.recipe.name, node.name) and then != image:
+                fields = ", ".join(f"{d.field} was {d.then!r}, is {d.now!r}" for d in compare(image, then))
+                self.terminal.say(f"  {node.name}: an unfinished attempt of an earlier run does not fit: {fields}")
+
     def _take_worker(self) -> Worker | InProcess:
         with self._condition:
-            while not self._free:
+            while not self._free and not self._stopping:
                 self._condition.wait()
+            if self._stopping:
+                raise Preempted("not begun when the run was asked to stop")
             return self._free.pop()
 
     def _give_back(self, worker: Worker | InProcess) -> None:
@@ -342,6 +408,15 @@ class _Execution:
         )
 
 
+def _grace_seconds() -> float:
+    """How long stages may take to stop: $COLDPRESS_GRACE_SECONDS, 20 by default."""
+    text = os.environ.get("COLDPRESS_GRACE_SECONDS", "20")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ColdpressError(f"COLDPRESS_GRACE_SECONDS is {text!r}; write a number of seconds") from error
+
+
 def _with_line(recipe: Recipe, node: Node, error: Exception) -> str:
     return f"{error} ({recipe.path}:{node.line})" if node.line else str(error)
 
@@ -350,24 +425,3 @@ def _slug(text: str) -> str:
     """A Prefect artifact key: small letters, digits and dashes."""
     kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())
     return "-".join(part for part in kept.split("-") if part)
-
-
-def provenance_markdown(node: Node, action: Action, state: str) -> str:
-    """What the dashboard shows of a stage's result."""
-    provenance = action.provenance
-    rows = [
-        ("stage", f"{node.stage.name} (version {node.stage.version})"),
-        ("state", state),
-        ("artifact", f"`{action.artifact.kind}` `{action.artifact.id}`"),
-        ("key", f"`{action.key}`"),
-        ("parameters", f"`{json.dumps(action.preimage['parameters'])}`"),
-        *((f"input {role}", f"`{artifact}`") for role, artifact in action.preimage["inputs"].items()),
-        ("computing took", f"{provenance.get('seconds', 0):.1f} s"),
-        ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),
-        ("device", f"{provenance.get('device')} on {provenance.get('host')}, {provenance.get('started')}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
-        ("commit", provenance.get("commit") or "-"),
-        *(("warning", warning) for warning in provenance.get("warnings", [])),
-    ]
-    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
-    return "\n".join([f"### {node.name}", "", "| | |", "| --- | --- |", *lines])

@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-MARKS = {"cached": "[cyan]=[/]", "computed": "[green]+[/]", "failed": "[red]x[/]", "skipped": "[yellow]-[/]"}
+MARKS = {
+    "cached": "[cyan]=[/]", "computed": "[green]+[/]", "resumed": "[green]+[/]",
+    "pre-empted": "[yellow]~[/]", "failed": "[red]x[/]", "skipped": "[yellow]-[/]",
+}  # fmt: skip
 # Without a terminal a line is written at most so often for each stage.
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -90,6 +93,6 @@ class Terminal:
         with self._lock:
             if stage in self._bars:
                 self._progress.remove_task(self._bars.pop(stage))
-            took = f" in {seconds:.1f} s" if state == "computed" else ""
+            took = f" in {seconds:.1f} s" if state in ("computed", "resumed") else ""
             words = f": {escape(detail)}" if detail else ""
             self.say(f"{MARKS[state]} [bold]{escape(stage)}[/] {state}{took}{words}")

@@ -1,7 +1,8 @@
 """The process that computes: one for each device slot; a stage runs in its main thread, and torch lives there only.
 
 `python -m coldpress.flows.worker` reads one JSON request a line from standard input and answers with JSON lines: any
-number of `{"progress": …}`, then `{"done": …}` or `{"error": …}`. `Worker` is the other end. What libraries print goes
+number of `{"progress": …}`, then `{"done": …}`, `{"error": …}` or, after SIGTERM, `{"preempted": …}`. `Worker` is the
+other end. What libraries print goes
 to standard error, which `Worker` passes on to the log.
 """
 
@@ -23,7 +24,7 @@ from ..storage.artifacts import Artifact
 from ..storage.errors import ColdpressError
 from ..storage.store import Action, Store
 from ..tasks.catalogue import stage_named
-from ..tasks.stage import Parameters, Run, Stage, StageError, compute
+from ..tasks.stage import Parameters, Preempted, Run, Stage, StageError, compute
 
 logger = logging.getLogger("coldpress")
 
@@ -47,6 +48,7 @@ class Worker:
         self.device = device
         self._lock = threading.Lock()
         self._last_words: collections.deque[str] = collections.deque(maxlen=30)
+        self._asked_to_stop = False
         # A session of its own, so that Ctrl-C reaches the run first and it decides what happens here.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "coldpress.flows.worker", device],
@@ -69,7 +71,7 @@ class Worker:
         context: Mapping[str, Any],
         progress: Progress,
     ) -> Action:
-        """Run a stage there. Raises what the stage raised: ColdpressError as it was, anything else as StageError."""
+        """Run a stage there. Raises StageError with what the stage raised; Preempted when it was asked to stop."""
         request = {
             "store": store.url,
             "stage": stage.name,
@@ -89,6 +91,8 @@ class Worker:
                 answer = json.loads(line)
                 if "progress" in answer:
                     progress(*answer["progress"])
+                elif "preempted" in answer:
+                    raise Preempted(answer["preempted"])
                 elif "error" in answer:
                     logger.debug("%s", answer["traceback"])
                     raise StageError(answer["error"])
@@ -96,8 +100,14 @@ class Worker:
                     return store.action(stage.name, answer["done"])
             raise self._obituary()
 
+    def preempt(self) -> None:
+        """Ask the process to end its stage soon, with its work kept in the stage's journal."""
+        self._asked_to_stop = True
+        if self._process.poll() is None:
+            self._process.terminate()
+
     def kill(self) -> None:
-        """End the process at once. What it had not published is as if it had never begun."""
+        """End the process at once. The stage's journal keeps what it had committed."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -109,8 +119,10 @@ class Worker:
                 self._last_words.append(line.rstrip())
                 logger.info("%s", line.rstrip())
 
-    def _obituary(self) -> WorkerDied:
+    def _obituary(self) -> WorkerDied | Preempted:
         code = self._process.wait()
+        if self._asked_to_stop:
+            return Preempted("ended where its journal ends; the next run goes on from there")
         if code == -signal.SIGKILL:
             return WorkerDied("the computing process was killed (by hand, or for lack of memory)")
         last = "; its last words: " + " | ".join(list(self._last_words)[-3:]) if self._last_words else ""
@@ -123,6 +135,7 @@ class InProcess:
     def __init__(self, device: str) -> None:
         self.device = device
         self._lock = threading.Lock()
+        self._stop = threading.Event()
 
     def compute(
         self,
@@ -135,7 +148,12 @@ class InProcess:
     ) -> Action:
         """As `Worker.compute`."""
         with self._lock:
-            return compute(Run(store, _resolve_device(self.device), progress), stage, parameters, inputs, context)
+            run = Run(store, _resolve_device(self.device), progress, stop_asked=self._stop.is_set)
+            return compute(run, stage, parameters, inputs, context)
+
+    def preempt(self) -> None:
+        """As `Worker.preempt`."""
+        self._stop.set()
 
     def kill(self) -> None:
         """Nothing to end."""
@@ -156,6 +174,8 @@ def _answer(stream: Any, **message: Any) -> None:
 
 
 def _serve(device: str) -> None:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Answers get a descriptor of their own; whatever else is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -171,11 +191,18 @@ def _serve(device: str) -> None:
         request = json.loads(line)
         store = stores.setdefault(request["store"], Store(request["store"]))
         stage = stage_named(request["stage"])
-        run = Run(store, device, lambda what, done, total: _answer(answers, progress=[what, done, total]))
+        run = Run(
+            store,
+            device,
+            lambda what, done, total: _answer(answers, progress=[what, done, total]),
+            stop_asked=stop.is_set,
+        )
         try:
             parameters = stage.parameters.model_validate(request["parameters"])
             inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
             action = compute(run, stage, parameters, inputs, request["context"])
+        except Preempted as error:
+            _answer(answers, preempted=str(error))
         except ColdpressError as error:
             _answer(answers, error=str(error), traceback=traceback.format_exc())
         except Exception as error:  # noqa: BLE001 (the process boundary: everything is reported, with its traceback)

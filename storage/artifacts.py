@@ -106,6 +106,12 @@ class Manifest:
             base=value["base"],
         )
 
+    @classmethod
+    def of_part(cls, kind: Kind, part: Mapping[str, Any]) -> Manifest:
+        """The manifest of a part (`ArtifactWriter.part`) of an artifact that is not published yet."""
+        tensors = {name: _entry_from_json(entry) for name, entry in part["tensors"].items()}
+        return cls(kind, tensors=tensors, blobs=part["blobs"])
+
     def stored_bytes(self) -> int:
         """Bytes of all its blobs, masks included."""
         return sum(self.blobs.values())
@@ -159,6 +165,19 @@ class ArtifactWriter:
         for name in names:
             self._tensors[name] = entry = source.tensors[name]
             self._blobs[entry.blob] = source.blobs[entry.blob]
+
+    def part(self, tensors: Iterable[str], masks: Iterable[str]) -> dict[str, Any]:
+        """Where the named tensors and masks are, as JSON; all of them settled. `take_over` is its inverse."""
+        parts = {name: self._tensors[name] for name in tensors}, {name: self._masks[name] for name in masks}
+        blobs = {entry.blob for entries in parts for entry in entries.values()}
+        kinds = [{name: _entry_to_json(entry) for name, entry in entries.items()} for entries in parts]
+        return {"tensors": kinds[0], "masks": kinds[1], "blobs": {blob: self._blobs[blob] for blob in sorted(blobs)}}
+
+    def take_over(self, part: Mapping[str, Any]) -> None:
+        """Take over what another writer's `part` said: no bytes are read or written."""
+        self._tensors.update({name: _entry_from_json(entry) for name, entry in part["tensors"].items()})
+        self._masks.update({name: _entry_from_json(entry) for name, entry in part["masks"].items()})
+        self._blobs.update(part["blobs"])
 
     def share_masks(self, source: Manifest) -> None:
         """Take over another artifact's masks."""
@@ -233,9 +252,8 @@ class ArtifactReader:
     `prefetch` starts reading and hashing in the background, ahead of the block that needs it.
     """
 
-    def __init__(self, store: Store, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.manifest = store.manifest(artifact)
+    def __init__(self, store: Store, artifact: Artifact | Manifest) -> None:
+        self.manifest = artifact if isinstance(artifact, Manifest) else store.manifest(artifact)
         self._store = store
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="blob-reader")
         self._coming: dict[str, Future[memoryview]] = {}

@@ -2,13 +2,14 @@
 
 `run_blocks` is the whole of it. For each block: load it alone; run the calibration windows through it to gather what
 the method needs; let the method change its weights; store the result; run the windows through the block *as stored*
-to feed the next one; let it go. Statistics are summed in a fixed order, so a run that is
-interrupted and resumed ends in the same bytes.
+to feed the next one; commit the block to the journal; let it go. Statistics are summed in a fixed order, so a run
+that is interrupted and resumed ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
+from ..storage.artifacts import Artifact, ArtifactReader, ArtifactWriter, Manifest
+from ..storage.journal import Journal
 from .architectures import Linear, block_count, family_of, is_tied
 from .formats import unpack
-from .skeleton import Skeleton, Statistic
-from .stage import Run, StageError
+from .skeleton import Skeleton, Statistic, activation_device
+from .stage import Preempted, Run, StageError
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Change:
-    """What a method made of a block: tensors to store instead of the weights named in `replaced`, and their masks."""
+    """What a method made of a block: tensors to store instead of the weights named in `replaced`, and their masks.
+
+    notes: JSON values for the provenance, {name: {layer: value}}.
+    """
 
     tensors: Mapping[str, Tensor]
     replaced: frozenset[str]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class StoredModel:
@@ -146,22 +152,40 @@ def run_blocks(
     dtype: of the calibration pass. format, quantization: how the changed tensors are packed.
     """
     dtype = dtype or model.dtype
+    journal = run.journal
+    assert journal is not None
+    done = len(journal.steps)
     hidden: Tensor | None = None
     skeleton: Skeleton | None = None
-    model.prefetch(0)
-    if windows is not None:
+    model.prefetch(done)
+    for step in journal.steps:
+        writer.take_over(step)
+        run.merge_notes(step["notes"])
+    if windows is not None and done < model.blocks:
         skeleton = Skeleton(model.config, dtype, run.device)
-        hidden = skeleton.embed(model.outer(dtype), windows)
+        hidden, passed = _reach_first_block(run, journal, model, skeleton, windows, what, format, quantization)
+    if done:
+        recomputed = done - passed if hidden is not None else 0
+        before = round(sum(step["seconds"] for step in journal.steps), 3)
+        note = {"from_block": done, "of": model.blocks, "recomputed_blocks": recomputed, "seconds_before": before}
+        run.note("resumed", note)
+        run.progress(what, done, model.blocks)
     writer.share(model.manifest, model.names(None))
+    saving = SavingPace(0 if hidden is None else hidden.nbytes)
+    clock = time.perf_counter()
 
-    for index in range(model.blocks):
+    for index in range(done, model.blocks):
         stored = model.stored(index)
         prefix = model.family.block_prefix(index)
         linears = model.linears(index)
         statistics: dict[str, Any] = {}
         if skeleton is not None and hidden is not None and statistic is not None:
             dense = _relative(model.unpack(stored, dtype), prefix)
-            statistics = gather_statistics(skeleton, index, dense, hidden, linears, statistic)
+            try:
+                statistics = gather_statistics(skeleton, index, dense, hidden, linears, statistic, run.stop_if_asked)
+            except Preempted:
+                journal.save_state(index, {"hidden": hidden}, {})
+                raise
             del dense
         block = Block(
             index=index,
@@ -171,7 +195,6 @@ def run_blocks(
             masks={name: mask.to(run.device) for name, mask in model.reader.masks(model.linear_shapes(index)).items()},
             linears=linears,
         )
-        writer.settle()  # the last block's results are let go before the next block is read
         model.prefetch(index + 1)  # here, since methods leave processors idle that a pass through the block keeps busy
         result = change(block)
         del block, statistics
@@ -180,13 +203,83 @@ def run_blocks(
         kept = [name for name in stored if name not in result.replaced]
         writer.share(model.manifest, kept)
 
-        if skeleton is not None and hidden is not None and index + 1 < model.blocks:
+        last = index + 1 == model.blocks
+        if skeleton is not None and hidden is not None and not last:
             as_stored = {**{name: stored[name] for name in kept}, **result.tensors}
             dense = _relative(unpack(format, quantization, as_stored, dtype, run.device), prefix)
             skeleton.advance(index, dense, hidden)
             del dense, as_stored
-        del stored, result
+        del stored
+        writer.settle()
+        now = time.perf_counter()
+        part = writer.part([*kept, *result.tensors], result.masks)
+        journal.commit({**part, "notes": result.notes, "seconds": round(now - clock, 3)})
+        clock = now
+        run.merge_notes(result.notes)
+        del result
         run.progress(what, index + 1, model.blocks)
+        if not last:
+            if hidden is not None and (run.stop_asked() or saving.due()):
+                with saving:
+                    journal.save_state(index + 1, {"hidden": hidden}, {})
+            run.stop_if_asked()
+
+
+def _reach_first_block(
+    run: Run,
+    journal: Journal,
+    model: StoredModel,
+    skeleton: Skeleton,
+    windows: Tensor,
+    what: str,
+    format: str,
+    quantization: Mapping[str, Any] | None,
+) -> tuple[Tensor, int]:
+    """Inputs of the first unfinished block, and the number of blocks that an earlier attempt had saved them after.
+
+    They come from the embedding, or are those last saved, sent through the blocks finished since then.
+    """
+    state = journal.state()
+    outer = model.outer(skeleton.dtype)
+    # From one window the skeleton learns with which arguments blocks are called.
+    hidden = skeleton.embed(outer, windows if state is None else windows[:1])
+    del outer
+    passed = 0
+    if state is not None:
+        saved = state.tensors["hidden"]
+        passed, hidden = state.step, saved.to(activation_device(saved.shape, skeleton.dtype, run.device))
+    done = len(journal.steps)
+    for index in range(passed, done):
+        run.stop_if_asked()
+        with ArtifactReader(run.store, Manifest.of_part("checkpoint", journal.steps[index])) as reader:
+            tensors = reader.tensors(reader.manifest.tensors)
+        dense = unpack(format, quantization, tensors, skeleton.dtype, run.device)
+        skeleton.advance(index, _relative(dense, model.family.block_prefix(index)), hidden)
+        del tensors, dense
+        run.progress(f"{what}, activations again", index + 1, done)
+    return hidden, passed
+
+
+class SavingPace:
+    """When to save activations: as often as takes SHARE of the time, by what saving took when it was last done."""
+
+    SHARE = 0.02
+    FIRST_GUESS = 100e6  # bytes a second
+
+    def __init__(self, nbytes: int) -> None:
+        self._cost = nbytes / self.FIRST_GUESS
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether enough time has gone by since the last saving."""
+        return (time.monotonic() - self._since) * self.SHARE >= self._cost
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._cost, self._since = now - self._since, now
 
 
 def gather_statistics(
@@ -196,6 +289,7 @@ def gather_statistics(
     hidden: Tensor,
     linears: Mapping[str, Linear],
     statistic: Callable[[int], Statistic],
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Statistic]:
     """One pass of the windows through a block: {full weight name: statistic of that layer's input}."""
     by_input: dict[str, Statistic] = {}
@@ -204,7 +298,7 @@ def gather_statistics(
         if linear.reads not in by_input:
             by_input[linear.reads] = statistic(weights[f"{linear.name}.weight"].shape[1])
             wanted[linear.name] = by_input[linear.reads]
-    skeleton.gather(index, weights, hidden, wanted)
+    skeleton.gather(index, weights, hidden, wanted, before_each)
     return {name: by_input[linear.reads] for name, linear in linears.items()}
 
 
@@ -222,6 +316,7 @@ def stream_hidden(
         skeleton.advance(index, dense, hidden)
         del dense  # before the next block is read
         run.progress(what, index + 1, model.blocks)
+        run.stop_if_asked()
     return hidden, outer
 
 

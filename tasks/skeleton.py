@@ -88,11 +88,17 @@ class Skeleton:
             part.copy_(self.forward_block(index, weights, part.to(self.device)))
 
     def gather(
-        self, index: int, weights: Mapping[str, Tensor], hidden: Tensor, wanted: Mapping[str, Statistic]
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        hidden: Tensor,
+        wanted: Mapping[str, Statistic],
+        before_each: Callable[[], None] = lambda: None,
     ) -> None:
         """Run windows [windows, length, hidden] through block `index`, adding linear inputs to `wanted` by layer name.
 
-        The forward pass ends at the last input asked for: the final projection is never multiplied out.
+        The forward pass ends at the last input asked for: the final projection is never multiplied out. `before_each`
+        is called now and then; what it raises ends the pass, `hidden` as it was.
         """
         block = self._blocks[index]
         left = 0
@@ -112,6 +118,7 @@ class Skeleton:
         ]
         try:
             for part in _parts(hidden):
+                before_each()
                 left = len(wanted)
                 with _ignoring_stop():
                     self.forward_block(index, weights, part.to(self.device))

@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from ..storage.artifacts import Artifact, Kind
 from ..storage.digests import digest_of
 from ..storage.errors import ColdpressError
+from ..storage.journal import Journal
 from ..storage.store import Action, Store
 
 logger = logging.getLogger("coldpress")
@@ -35,6 +36,10 @@ logger = logging.getLogger("coldpress")
 
 class StageError(ColdpressError):
     """A stage that can't do what it was asked."""
+
+
+class Preempted(ColdpressError):
+    """A stage that ended because it was asked to stop; the next attempt goes on where its journal ends."""
 
 
 class Parameters(BaseModel):
@@ -63,16 +68,29 @@ class Run:
     """What a stage function may use besides its inputs.
 
     device: "cpu", "cuda", "cuda:1" …; progress(what, done, total) is called once a block or so; `note` adds a
-    JSON value to the provenance.
+    JSON value to the provenance. stop_asked: whether the stage is to end soon, its work kept for the next attempt.
+    journal: what earlier attempts did; `compute` opens it.
     """
 
     store: Store
     device: str = "cpu"
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     notes: dict[str, Any] = field(default_factory=dict)
+    stop_asked: Callable[[], bool] = lambda: False
+    journal: Journal | None = None
+
+    def stop_if_asked(self) -> None:
+        """Raises Preempted when the stage is to end."""
+        if self.stop_asked():
+            raise Preempted("stopped before it was done; the next run goes on from here")
 
     def note(self, name: str, value: Any) -> None:
         self.notes[name] = value
+
+    def merge_notes(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to notes that are made piece by piece, {name: {layer: value}}."""
+        for name, values in notes.items():
+            self.notes.setdefault(name, {}).update(values)
 
 
 @dataclass(frozen=True)
@@ -158,14 +176,6 @@ def preimage(entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact
     return image
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended: `state` is "cached" or "computed"."""
-
-    state: str
-    action: Action
-
-
 def lookup(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Action | None:
     """The proven cached result of a stage, or None. Imports nothing heavy."""
     return store.lookup(entry.name, digest_of(preimage(entry, parameters, inputs)))
@@ -183,10 +193,12 @@ def compute(
     started = time.time()
     clock = time.perf_counter()
     memory = PeakMemory(run.device)
+    journal = Journal(run.store, image, context or {})
     with _recorded_warnings() as said:
-        artifact = entry.function(run, parameters, **inputs)
+        artifact = entry.function(replace(run, journal=journal), parameters, **inputs)
+    before = run.notes.get("resumed", {}).get("seconds_before", 0.0)
     provenance = {
-        "seconds": round(time.perf_counter() - clock, 3),
+        "seconds": round(before + time.perf_counter() - clock, 3),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         **memory.reading(),
         "device": run.device,
@@ -198,7 +210,9 @@ def compute(
         **run.notes,
         **(context or {}),
     }
-    return run.store.record(Action(entry.name, digest_of(image), artifact, image, provenance))
+    action = run.store.record(Action(entry.name, digest_of(image), artifact, image, provenance))
+    journal.discard()
+    return action
 
 
 class PeakMemory:

@@ -66,10 +66,9 @@ def _prune(
 
     pattern = parse_pattern(parameters.pattern) if parameters.pattern else None
     sparsity = parameters.sparsity or 0.0
-    removed: dict[str, float] = {}
 
     def change(block: Block) -> Change:
-        tensors, masks = {}, {}
+        tensors, masks, removed = {}, {}, {}
         for name, weight in block.weights.items():
             if criterion.needs == "input_norm":
                 score = criterion.score(weight, block.statistics[name].norm())
@@ -88,7 +87,7 @@ def _prune(
             masks[name] = keep
             tensors[name] = apply_mask(weight, keep)
             removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
-        return Change(tensors, frozenset(tensors), masks)
+        return Change(tensors, frozenset(tensors), masks, {"sparsity": removed})
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
         windows = read_windows(run, calibration, stored) if calibration is not None else None
@@ -103,7 +102,6 @@ def _prune(
             dtype=resolve_dtype(parameters.dtype, stored),
         )
         writer.share_files(stored.manifest)
-        run.note("sparsity", removed)
         return writer.publish()
 
 

@@ -95,6 +95,7 @@ def model(run: Run, parameters: ModelParameters) -> Artifact:
                     tensors[name] = tensor.to(dtype)
             writer.add_tensors(tensors, "" if block is None else family.block_prefix(block))
             run.progress("reading", done + 1, len(names))
+            run.stop_if_asked()
         for name, data in opened.files.items():
             writer.add_file(name, data)
         writer.add_file("config.json", json_file(config))

@@ -155,7 +155,7 @@ def test_an_interrupted_run_leaves_nothing_half_published_and_goes_on_later(tiny
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "finished stages are kept" in said
+    assert "all finished work is kept" in said
     assert verify(store) == []
 
     again = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=True)

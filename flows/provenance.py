@@ -1,0 +1,39 @@
+"""What a person reads of a stage's provenance, on the dashboard and on the terminal."""
+
+from __future__ import annotations
+
+import json
+
+from ..storage.store import Action
+from .recipe import Node
+
+
+def provenance_markdown(node: Node, action: Action, state: str) -> str:
+    """What the dashboard shows of a stage's result."""
+    provenance = action.provenance
+    rows = [
+        ("stage", f"{node.stage.name} (version {node.stage.version})"),
+        ("state", state),
+        ("artifact", f"`{action.artifact.kind}` `{action.artifact.id}`"),
+        ("key", f"`{action.key}`"),
+        ("parameters", f"`{json.dumps(action.preimage['parameters'])}`"),
+        *((f"input {role}", f"`{artifact}`") for role, artifact in action.preimage["inputs"].items()),
+        *([("resumed", resumed_from(action))] if "resumed" in provenance else []),
+        ("computing took", f"{provenance.get('seconds', 0):.1f} s"),
+        ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),
+        ("device", f"{provenance.get('device')} on {provenance.get('host')}, {provenance.get('started')}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+        ("commit", provenance.get("commit") or "-"),
+        *(("warning", warning) for warning in provenance.get("warnings", [])),
+    ]
+    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
+    return "\n".join([f"### {node.name}", "", "| | |", "| --- | --- |", *lines])
+
+
+def resumed_from(action: Action) -> str:
+    """ "from block 12 of 30, activations recomputed through 3"."""
+    resumed = action.provenance["resumed"]
+    text = f"from block {resumed['from_block']} of {resumed['of']}"
+    if resumed["recomputed_blocks"]:
+        text += f", activations recomputed through {resumed['recomputed_blocks']}"
+    return text
