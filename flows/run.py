@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coldpress")
 
 PREEMPTED = "Pre-empted"  # the name of the Prefect state
-LOOKUPS_AT_ONCE = 8  # in a run that computes nothing, so that it does not wait for the server's answers one by one
 
 
 @dataclass
@@ -195,7 +194,7 @@ def _run_on_prefect(
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,
-            task_runner=_task_runner(slots if workers else LOOKUPS_AT_ONCE),
+            task_runner=_task_runner(slots),
             persist_result=False,
             validate_parameters=False,
         )(execution.flow)
@@ -224,12 +223,12 @@ def _reach_server() -> None:
         raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
 
 
-def _task_runner(threads: int) -> Any:
+def _task_runner(slots: int) -> Any:
     from prefect.task_runners import ThreadPoolTaskRunner
 
     # One thread a worker: what waits for a device shows as pending. Nodes are submitted in an order in which inputs
     # come first, so a full pool never waits for a queued node.
-    return ThreadPoolTaskRunner(max_workers=threads)
+    return ThreadPoolTaskRunner(max_workers=slots)
 
 
 class _Execution:

@@ -62,16 +62,15 @@ def progressively(model: Any, blocks: str, windows: Tensor) -> Iterator[dict[str
 def wanda(model: Any, blocks: str, windows: Tensor, sparsity: float) -> dict[str, Tensor]:
     """Prune `model` in place as in Sun et al. 2023, algorithm 1; returns {weight name: mask, True where kept}.
 
-    The running mean over windows is their code's; it is the sum of squares but for a factor and rounding.
+    Squares are summed in float64, so that the masks do not hang on an order of summation: two float32 sums that differ
+    in the last bit decide near-ties differently, and every block after such a one sees other inputs.
     """
     masks = {}
     for inputs in progressively(model, blocks, windows):
         for name, windows_of_inputs in inputs.items():
             weight = model.get_parameter(name)
-            mean_square = torch.zeros(weight.shape[1])
-            for count, one_window in enumerate(windows_of_inputs):
-                mean_square = mean_square * count / (count + 1) + one_window.norm(dim=0) ** 2 / (count + 1)
-            order = torch.sort(weight.abs() * mean_square.sqrt(), dim=1, stable=True).indices
+            squares = sum(one_window.double().square().sum(0) for one_window in windows_of_inputs)
+            order = torch.sort(weight.abs() * squares.sqrt().float(), dim=1, stable=True).indices
             mask = torch.ones_like(weight, dtype=torch.bool)
             mask.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], False)
             weight *= mask
