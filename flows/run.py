@@ -288,9 +288,12 @@ class _Execution:
             return
 
         def stop(number: int, frame: Any) -> None:
+            nonlocal first
+            if self._stopping and time.monotonic() - first < 1.0:
+                return  # one request that came twice: to the process, and to its group
             if self._stopping:
                 raise KeyboardInterrupt
-            self._stopping = True
+            self._stopping, first = True, time.monotonic()
             self.result.stopped_by = number
             self.terminal.say(f"asked to stop: finishing what is at hand, for at most {grace:g} s (again: at once)")
             timer.start()
@@ -299,6 +302,7 @@ class _Execution:
             with self._condition:
                 self._condition.notify_all()
 
+        first = 0.0
         grace = _grace_seconds()
         timer = threading.Timer(grace, lambda: [worker.kill() for worker in self._workers])
         timer.daemon = True
