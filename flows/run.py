@@ -287,6 +287,8 @@ class _Execution:
             yield
             return
 
+        first = 0.0
+
         def stop(number: int, frame: Any) -> None:
             nonlocal first
             if self._stopping and time.monotonic() - first < 1.0:
@@ -302,7 +304,6 @@ class _Execution:
             with self._condition:
                 self._condition.notify_all()
 
-        first = 0.0
         grace = _grace_seconds()
         timer = threading.Timer(grace, lambda: [worker.kill() for worker in self._workers])
         timer.daemon = True
