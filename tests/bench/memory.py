@@ -23,7 +23,6 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 BLOCKS, FEW, MORE = 22, 4, 8
 WINDOWS, LENGTH = 4, 512
-RUNS = 2  # the C library's heap is fragmented now more, now less
 
 
 def measure() -> list[Row]:
@@ -35,7 +34,7 @@ def measure() -> list[Row]:
         parameters = in_fresh_process(write_model, blocks, folder)
         inputs = in_fresh_process(import_inputs, folder, f"store-{blocks}")
         (Path(folder) / "model.safetensors").unlink()
-        peaks[blocks] = min(in_fresh_process(prune, f"store-{blocks}", *inputs) for _ in range(RUNS))
+        peaks[blocks] = in_fresh_process(prune, f"store-{blocks}", *inputs)
     apart = max(peaks[FEW], peaks[MORE]) / min(peaks[FEW], peaks[MORE]) - 1
     return [
         Row(
