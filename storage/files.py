@@ -1,21 +1,19 @@
 """The seam under the store: read, size, list, create-if-absent, replace, move, delete.
 
-Two implementations of the same six calls. `LocalFiles` uses plain `os` calls: a file appears under its name
-whole or not at all, and after `sync()` it survives a power cut. `FsspecFiles` serves `s3://`, `gs://`, `memory://` …
-with fsspec's listing cache off, since with it on another client's new object is not seen.
+`LocalFiles` does it in a folder, with plain `os` calls: a file appears under its name whole or not at all, and after
+`sync()` it survives a power cut. `s3://` is in s3.py, everything else that fsspec has a driver for in objects.py.
 Paths are relative to the store's root, with forward slashes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -30,6 +28,12 @@ class Files(Protocol):
     """What the store needs of the place where it lives."""
 
     url: str
+    remote: bool  # each call takes a round trip over a network
+
+    @property
+    def atomic_create(self) -> bool:
+        """Whether of several clients that `create` a file at once exactly one gets True."""
+        ...
 
     def read(self, path: str) -> memoryview:
         """The whole file, in a writable buffer of its own. Raises FileNotFoundError."""
@@ -53,7 +57,9 @@ class Files(Protocol):
 
     def move(self, path: str, target: str) -> None: ...
 
-    def delete(self, path: str) -> None: ...
+    def delete(self, path: str) -> None:
+        """Make the file be gone. May raise FileNotFoundError when it wasn't there; not every object store can tell."""
+        ...
 
     def sync(self) -> None:
         """Returns when everything written so far survives a power cut."""
@@ -72,13 +78,24 @@ def open_files(url: str) -> Files:
     """The files at a store URL: a folder, or anything fsspec has a driver for."""
     if "://" not in url or url.startswith("file://"):
         return LocalFiles(url.removeprefix("file://"))
+    if url.startswith(("s3://", "s3a://")):
+        from .s3 import S3Files
+
+        return S3Files(url)
+    from .objects import FsspecFiles
+
     return FsspecFiles(url)
 
 
 class LocalFiles:
     """A folder. Files are written under a temporary name, fsynced, then linked or renamed into place."""
 
-    def __init__(self, folder: str) -> None:
+    remote = False
+    atomic_create = True
+
+    def __init__(self, folder: str, *, durable: bool = True) -> None:
+        """durable: whether files must survive a power cut."""
+        self._durable = durable
         self.root = os.path.abspath(os.path.expanduser(folder))
         self.url = self.root
         self._lock = threading.Lock()
@@ -88,7 +105,7 @@ class LocalFiles:
 
     def read(self, path: str) -> memoryview:
         with open(self._full(path), "rb", buffering=0) as file:
-            data = _new_buffer(os.fstat(file.fileno()).st_size)
+            data = new_buffer(os.fstat(file.fileno()).st_size)
             done = 0
             while done < len(data):
                 count = file.readinto(data[done:])
@@ -213,7 +230,8 @@ class LocalFiles:
                     view = memoryview(buffer).cast("B")
                     while len(view):
                         view = view[os.write(descriptor, view) :]
-                os.fsync(descriptor)
+                if self._durable:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -223,82 +241,11 @@ class LocalFiles:
         return temporary
 
 
-def _new_buffer(size: int) -> memoryview:
+def new_buffer(size: int) -> memoryview:
     """Memory to read a file into; large ones are mapped, so that all of it goes back to the system with the tensor."""
     if size < _MAPPED_BYTES:
         return np.empty(size, np.uint8).data.cast("B")
     return memoryview(mmap.mmap(-1, size))
 
 
-_IN_MEMORY = threading.Lock()  # fsspec's memory:// looks and then writes; other threads must not come between
-
-
-class FsspecFiles:
-    """Any fsspec file system that can write an object in one go (and, for `create`, only if it isn't there)."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        self.url = url.rstrip("/")
-        protocol = url.split("://", 1)[0]
-        try:
-            # the options of a protocol (endpoint, credentials) come from fsspec's own configuration and environment
-            self._fs: Any = fsspec.filesystem(protocol, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"the store {url} needs a driver that is not installed: {error}") from error
-        self._root = self._fs._strip_protocol(self.url).rstrip("/")
-        self._creating = _IN_MEMORY if protocol == "memory" else contextlib.nullcontext()
-
-    def read(self, path: str) -> memoryview:
-        return memoryview(bytearray(self._fs.cat_file(self._full(path))))
-
-    def size(self, path: str) -> int | None:
-        try:
-            return int(self._fs.info(self._full(path))["size"])
-        except FileNotFoundError:
-            return None
-
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
-        try:
-            found = self._fs.find(self._full(folder), detail=True)
-        except FileNotFoundError:
-            return
-        for name, entry in found.items():
-            yield name[len(self._root) + 1 :], int(entry["size"])
-
-    def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
-        try:
-            with self._creating:
-                self._fs.pipe_file(self._full(path), b"".join(buffers), mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise write_error(self._full(path), error) from error
-        return True
-
-    def keep(self, path: str) -> None:
-        """Objects are durable once written."""
-
-    def replace(self, path: str, buffers: Sequence[Buffer]) -> None:
-        try:
-            self._fs.pipe_file(self._full(path), b"".join(buffers), mode="overwrite")
-        except OSError as error:
-            raise write_error(self._full(path), error) from error
-
-    def move(self, path: str, target: str) -> None:
-        self._fs.mv(self._full(path), self._full(target))
-
-    def delete(self, path: str) -> None:
-        self._fs.rm_file(self._full(path))
-
-    def sync(self) -> None:
-        """Objects are durable once written."""
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def _full(self, path: str) -> str:
-        return f"{self._root}/{path}"
-
-
-__all__ = ["Files", "FsspecFiles", "LocalFiles", "open_files", "total_bytes"]
+__all__ = ["Files", "LocalFiles", "new_buffer", "open_files", "total_bytes"]

@@ -10,13 +10,17 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
+
+if TYPE_CHECKING:
+    from tests.faults.flaky_proxy import FlakyProxy
 
 # Before torch is loaded anywhere, and for child processes too. Tiny models run twice as fast on one thread as on two.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -72,6 +76,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_caches], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server with a bucket; this process and those it starts find it through their environment."""
+    from tests.s3_server import ENVIRONMENT, s3_server
+
+    with s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        yield endpoint
+
+
+@pytest.fixture
+def s3_url(s3_endpoint: str) -> str:
+    """Where on that server a store can be made; nothing is there yet."""
+    from tests.s3_server import BUCKET
+
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FlakyProxy]:
+    """A proxy before the S3 server, used by this test only and told what is to fail."""
+    from tests.faults.flaky_proxy import flaky_proxy
+
+    with flaky_proxy(s3_endpoint) as proxy:
+        yield proxy
 
 
 @pytest.fixture

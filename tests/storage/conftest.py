@@ -1,4 +1,4 @@
-"""Fixtures of the storage tests: a store in a folder and one in memory, and a second look at the same place."""
+"""Fixtures of the storage tests: a store in a folder, in memory and on S3, and a second look at the same place."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "store")
 
 
-@pytest.fixture(params=["folder", "memory"])
-def url(request: pytest.FixtureRequest, folder: str) -> Iterator[str]:
-    """A store URL of each kind, used by nobody else."""
+@pytest.fixture(params=["folder", "memory", "s3"])
+def url(request: pytest.FixtureRequest, folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store URL of each kind, used by nobody else, without a cache that would hide what is there."""
     if request.param == "folder":
         yield folder
+        return
+    if request.param == "s3":
+        monkeypatch.setenv("COLDPRESS_CACHE_GB", "0")
+        yield request.getfixturevalue("s3_url")
         return
     root = f"memory://{uuid.uuid4().hex}"
     yield root

@@ -1,17 +1,18 @@
 """Tries to create the same files as its rivals do, and says which ones it got.
 
-Arguments: the folder, this process's name, the number of files. Starts when a line comes in.
+Arguments: the store's URL, this process's name, the number of files. Starts when a line comes in.
 """
 
 from __future__ import annotations
 
 import sys
 
-from coldpress.storage.files import LocalFiles
+from coldpress.storage.files import open_files
 
 
 def main() -> None:
-    files = LocalFiles(sys.argv[1])
+    files = open_files(sys.argv[1])
+    assert files.atomic_create
     print("ready", flush=True)
     sys.stdin.readline()
     won = [

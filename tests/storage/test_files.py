@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 from coldpress.storage.errors import StoreError
-from coldpress.storage.files import Files, FsspecFiles, LocalFiles, open_files
+from coldpress.storage.files import Files, LocalFiles, open_files
+from coldpress.storage.objects import FsspecFiles
 from sabotage import FailingOs
 
 DISK_FULL = [("write", errno.ENOSPC), ("write", errno.EDQUOT), ("fsync", errno.ENOSPC)]
@@ -116,10 +118,16 @@ def test_a_file_that_is_not_there_has_no_size(files: Files) -> None:
     assert files.size("a/b") is None
 
 
-@pytest.mark.parametrize("call", ["read", "delete"])
-def test_a_file_that_is_not_there_cannot_be_used(files: Files, call: str) -> None:
+@pytest.mark.parametrize("call", [lambda files: files.read("a/b"), lambda files: files.move("a/b", "c")])
+def test_a_file_that_is_not_there_cannot_be_used(files: Files, call: Callable[[Files], object]) -> None:
     with pytest.raises(FileNotFoundError):
-        getattr(files, call)("a/b")
+        call(files)
+
+
+def test_deleting_a_file_that_is_not_there_does_nothing_or_says_so(files: Files) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        files.delete("a/b")
+    assert listing(files, "") == {}
 
 
 def test_a_listing_goes_down_into_folders_and_gives_sizes(files: Files) -> None:
@@ -142,7 +150,8 @@ def test_what_another_client_wrote_is_seen_at_once(files: Files, url: str) -> No
 
 @pytest.mark.usefixtures("eager_threads")
 def test_one_of_many_threads_creates_a_file(files: Files) -> None:
-    for number in range(100):
+    assert files.atomic_create
+    for number in range(10 if files.remote else 100):
         path = f"leases/{number}"
         won = at_once(8, functools.partial(create_by, files, path))
         assert won.count(True) == 1
@@ -170,12 +179,14 @@ def test_files_are_whole_while_threads_replace_them(files: Files) -> None:
 # In a folder
 
 
-def test_one_of_eight_processes_creates_a_file(folder: str) -> None:
-    count = 40
+@pytest.mark.parametrize("place", ["folder", "s3_url"])
+def test_one_of_eight_processes_creates_a_file(place: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue(place)
+    count = 40 if place == "folder" else 10
     script = str(Path(__file__).with_name("racing_creator.py"))
     racers = [
         subprocess.Popen(
-            [sys.executable, script, folder, f"racer {who}", str(count)],
+            [sys.executable, script, url, f"racer {who}", str(count)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -192,9 +203,9 @@ def test_one_of_eight_processes_creates_a_file(folder: str) -> None:
     won = {f"racer {who}": racer.communicate()[0].split() for who, racer in enumerate(racers)}
 
     winners = sorted((int(number), name) for name, numbers in won.items() for number in numbers)
-    files = LocalFiles(folder)
+    files = open_files(url)
     assert winners == [(number, content(files, f"leases/{number}").decode()) for number in range(count)]
-    assert leftovers(folder) == []
+    assert listing(files, "tmp") == {}
 
 
 def test_a_write_that_the_system_takes_in_small_pieces_is_completed(
