@@ -26,11 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .artifacts import Artifact, Manifest
+from .cache import BlobCache
 from .digests import Buffer, digest_of, seal, sha256, total_bytes, unseal
 from .errors import DamagedBlob, StoreError
 from .files import Files, open_files
 
 _ASKERS = 8
+_REMOTE_ASKERS = 32  # each question is a round trip
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Store:
     def __init__(self, url: str) -> None:
         self.files: Files = open_files(url)
         self.url = self.files.url
+        self.cache = BlobCache.from_environment() if self.files.remote else None
+        self._askers = _REMOTE_ASKERS if self.files.remote else _ASKERS
         self._verified: set[str] = set()
         self._lock = threading.Lock()
 
@@ -73,14 +77,25 @@ class Store:
         elif not self.files.create(path, buffers) and self.files.size(path) != size:
             self._set_aside(blob)  # cut short by a power failure
             self.files.create(path, buffers)
+        if self.cache:
+            self.cache.put(blob, buffers)
         return blob, size
 
     def read_blob(self, blob: str) -> memoryview:
-        """A blob's content, hashed at its first read by this `Store`.
+        """A blob's content, hashed at its first read by this `Store`; from the local cache when the store is remote.
 
         Raises DamagedBlob when it is missing or does not hash to its name; a damaged one is moved aside, so that
         the stage that made it counts as not cached and is computed again.
         """
+        cached = self.cache.get(blob) if self.cache else None
+        if cached is not None:
+            return cached
+        data = self._read_stored(blob)
+        if self.cache:
+            self.cache.put(blob, [data])
+        return data
+
+    def _read_stored(self, blob: str) -> memoryview:
         try:
             data = self.files.read(blob_path(blob))
         except FileNotFoundError as error:
@@ -102,8 +117,8 @@ class Store:
     def missing_blobs(self, blobs: Mapping[str, int]) -> list[str]:
         """Those of the blobs {digest: bytes} that aren't there in full length, asked anew each time, side by side."""
         wanted = list(blobs.items())
-        shares = [share for share in (wanted[start::_ASKERS] for start in range(_ASKERS)) if share]
-        with ThreadPoolExecutor(_ASKERS) as pool:
+        shares = [share for share in (wanted[start :: self._askers] for start in range(self._askers)) if share]
+        with ThreadPoolExecutor(self._askers) as pool:
             return [blob for missing in pool.map(self._missing, shares) for blob in missing]
 
     def _missing(self, blobs: list[tuple[str, int]]) -> list[str]:
