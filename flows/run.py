@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
+from ..storage.digests import digest_of
 from ..storage.errors import ColdpressError
 from ..storage.journal import unfinished
+from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import Planned, check_disk, compare, prepare
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coldpress")
 
 PREEMPTED = "Pre-empted"  # the name of the Prefect state
+SECONDS_BETWEEN_LOOKS = 2.0  # at another job's lease
 
 
 @dataclass
@@ -337,8 +340,9 @@ class _Execution:
             action = lookup(self.store, node.stage, node.parameters, artifacts)
             state = "cached"
             if action is None:
-                action = self._compute(node, artifacts)
-                state = "resumed" if "resumed" in action.provenance else "computed"
+                action, computed_here = self._once(node, artifacts)
+                if computed_here:
+                    state = "resumed" if "resumed" in action.provenance else "computed"
         except Preempted as error:
             self.result.stages[node.name] = StageResult(node.name, node.stage.name, "pre-empted", error=str(error))
             self.terminal.finish(node.name, "pre-empted", 0, str(error))
@@ -355,29 +359,61 @@ class _Execution:
         reference = list(action.artifact)
         return Completed(name="Cached", data=reference) if state == "cached" else reference
 
-    def _compute(self, node: Node, artifacts: Mapping[str, Artifact]) -> Action:
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+    def _once(self, node: Node, artifacts: Mapping[str, Artifact]) -> tuple[Action, bool]:
+        """The result of a stage that isn't cached, and whether it was computed here: one job computes, others wait."""
+        shown = _ProgressArtifact(self.recipe.name, node.name)
+        image = preimage(node.stage, node.parameters, artifacts)
+        about = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name, "inputs": image["inputs"]}
+        self._name_journals_that_do_not_fit(node, image)
+        claim = Claim(self.store, digest_of(image), about)
+        while True:
+            lease = claim.acquire()
+            if lease is None:
+                self._wait_for(node, claim, shown)
+                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                    return action, False
+                continue
+            with Heartbeat(self.store, lease, about) as heartbeat:
+                # Between the last look-up and the lease another job may have finished.
+                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                    return action, False
+                try:
+                    return self._compute(node, artifacts, lease, heartbeat, shown), True
+                except LeaseLost as error:
+                    self.terminal.say(f"  {node.name}: {error}")
 
-        shown: Any = None
+    def _wait_for(self, node: Node, claim: Claim, shown: _ProgressArtifact) -> None:
+        """Wait a moment for another job, showing which. Raises Preempted."""
+        holder = claim.holder
+        if holder:
+            text = f"waiting for run {holder['run']} on {holder['host']} (process {holder['pid']})"
+            self.terminal.wait(node.name, text, holder["doing"])
+            shown.describe(f"{text} {holder['doing']}")
+        with self._condition:
+            if not self._stopping:
+                self._condition.wait(SECONDS_BETWEEN_LOOKS)
+            if self._stopping:
+                raise Preempted("was waiting for another job when the run was asked to stop")
+
+    def _compute(
+        self,
+        node: Node,
+        artifacts: Mapping[str, Artifact],
+        lease: Lease,
+        heartbeat: Heartbeat,
+        shown: _ProgressArtifact,
+    ) -> Action:
         pace = Pace()
 
         def progress(what: str, done: int, total: int) -> None:
-            nonlocal shown
             self.terminal.advance(node.name, what, done, total)
-            percent = 100.0 * done / total
-            if shown is None:
-                shown = create_progress_artifact(
-                    percent, key=_slug(f"{self.recipe.name}-{node.name}-progress"), description=f"{node.name}: {what}"
-                )
-            else:
-                text = f"{node.name}: {pace.describe(what, done, total)}"
-                update_progress_artifact(shown, percent, description=text)
+            heartbeat.doing = pace.describe(what, done, total)
+            shown.update(100.0 * done / total, heartbeat.doing)
 
         context = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name}
-        self._name_journals_that_do_not_fit(node, preimage(node.stage, node.parameters, artifacts))
         worker = self._take_worker()
         try:
-            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress)
+            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
         finally:
             self._give_back(worker)
 
@@ -410,6 +446,30 @@ class _Execution:
             key=_slug(f"{self.recipe.name}-{node.name}"),
             description=f"{node.name} ({state})",
         )
+
+
+class _ProgressArtifact:
+    """A stage's progress on the dashboard."""
+
+    def __init__(self, recipe: str, node: str) -> None:
+        self._key = _slug(f"{recipe}-{node}-progress")
+        self._node = node
+        self._id: Any = None
+        self._described = ""
+
+    def update(self, percent: float, text: str) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        self._described = text
+        if self._id is None:
+            self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
+        else:
+            update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
+
+    def describe(self, text: str) -> None:
+        """What the stage waits for; told once."""
+        if text != self._described:
+            self.update(0.0, text)
 
 
 def _grace_seconds() -> float:

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,10 +117,11 @@ class LocalFiles:
         full = self._full(path)
         temporary = self._write_temporary(full, buffers)
         try:
-            os.link(temporary, full)
+            self._into_place(os.link, temporary, full)
         except FileExistsError:
             self._note(os.path.dirname(full))
-            return False
+            # Over NFS the answer to a link that worked can get lost; asked again, the server says that it exists.
+            return os.stat(temporary).st_nlink == 2
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise StoreError(
@@ -137,7 +138,7 @@ class LocalFiles:
         full = self._full(path)
         temporary = self._write_temporary(full, buffers)
         try:
-            os.replace(temporary, full)
+            self._into_place(os.replace, temporary, full)
         except OSError as error:
             os.unlink(temporary)
             raise write_error(full, error) from error
@@ -150,8 +151,12 @@ class LocalFiles:
         self._note(os.path.dirname(self._full(target)))
 
     def delete(self, path: str) -> None:
-        os.unlink(self._full(path))
-        self._note(os.path.dirname(self._full(path)))
+        full = self._full(path)
+        os.unlink(full)
+        folder = os.path.dirname(full)
+        while os.path.dirname(folder) != self.root and _remove_if_empty(folder):
+            folder = os.path.dirname(folder)
+        self._note(folder)
 
     def sync(self) -> None:
         with self._syncing:
@@ -160,7 +165,10 @@ class LocalFiles:
                 self._unsynced -= folders
             try:
                 for folder in folders:
-                    descriptor = os.open(folder, os.O_RDONLY)
+                    try:
+                        descriptor = os.open(folder, os.O_RDONLY)
+                    except FileNotFoundError:  # emptied and removed meanwhile
+                        continue
                     try:
                         os.fsync(descriptor)
                     finally:
@@ -190,6 +198,14 @@ class LocalFiles:
                 self._known.add(folder)
                 folder = os.path.dirname(folder)
                 self._unsynced.add(folder)
+
+    def _into_place(self, move: Callable[[str, str], None], temporary: str, full: str) -> None:
+        for _ in range(10):
+            try:
+                return move(temporary, full)
+            except FileNotFoundError:  # whoever deleted the folder's last file has removed the folder just now
+                self._make_folder(os.path.dirname(full))
+        return move(temporary, full)
 
     def _make_folder(self, folder: str) -> None:
         if os.path.isdir(folder):
@@ -221,6 +237,18 @@ class LocalFiles:
                 os.unlink(temporary)
             raise write_error(full, error) from error
         return temporary
+
+
+def _remove_if_empty(folder: str) -> bool:
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise write_error(folder, error) from error
+    return True
 
 
 def _new_buffer(size: int) -> memoryview:

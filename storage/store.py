@@ -3,7 +3,8 @@
     blobs/sha256/ab/cdef…       immutable content
     artifacts/sha256/ab/cdef…   manifests
     actions/<stage>/<key>       key -> artifact, with the key's whole pre-image and provenance
-    journals/<key>/…            what an unfinished stage has done (journal.py)
+    journals/<key>/<attempt>/…  what an unfinished stage has done (journal.py)
+    leases/<key>/<epoch>        who computes a key (leases.py)
     refs/<name>.json            names for people: "recipe/stage"
     runs/<id>                   a recipe as it was run
     damaged/                    what failed verification, moved aside
