@@ -9,6 +9,7 @@ Paths are relative to the store's root, with forward slashes.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import mmap
 import os
@@ -24,6 +25,7 @@ from .errors import StoreError, write_error
 
 # The C library keeps freed memory of this and greater sizes in the arenas of the threads that once asked for it.
 _MAPPED_BYTES = 1 << 20
+_TRIES = 20  # against others who remove the folder that they have just emptied
 
 
 class Files(Protocol):
@@ -43,6 +45,10 @@ class Files(Protocol):
         """Every file below `folder` with its size in bytes, in any order."""
         ...
 
+    def ages(self, folder: str) -> dict[str, float]:
+        """Seconds since each file below `folder` was written or kept, by the clock of the place itself."""
+        ...
+
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         """Write the file if it isn't there. False when another one is there already, which then stays."""
         ...
@@ -60,7 +66,7 @@ class Files(Protocol):
         ...
 
     def keep(self, path: str) -> None:
-        """Make the next `sync` cover a file that another writer made, perhaps without syncing it."""
+        """Count a file that another writer made as new; the next `sync` covers it, synced by that one or not."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -112,6 +118,18 @@ class LocalFiles:
                 except FileNotFoundError:  # deleted since it was listed
                     continue
                 yield os.path.relpath(full, self.root).replace(os.sep, "/"), size
+
+    def ages(self, folder: str) -> dict[str, float]:
+        probe = self._write_temporary(self._full("tmp/now"), [])
+        try:
+            now = os.stat(probe).st_mtime
+        finally:
+            os.unlink(probe)
+        found = {}
+        for path, _ in self.list(folder):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                found[path] = now - os.stat(self._full(path)).st_mtime
+        return found
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         full = self._full(path)
@@ -179,6 +197,8 @@ class LocalFiles:
                 raise write_error(self.root, error) from error
 
     def keep(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # whoever relies on it finds out before publishing
+            os.utime(self._full(path))
         self._note(os.path.dirname(self._full(path)))
 
     def free_bytes(self) -> int | None:
@@ -200,7 +220,7 @@ class LocalFiles:
                 self._unsynced.add(folder)
 
     def _into_place(self, move: Callable[[str, str], None], temporary: str, full: str) -> None:
-        for _ in range(10):
+        for _ in range(_TRIES):
             try:
                 return move(temporary, full)
             except FileNotFoundError:  # whoever deleted the folder's last file has removed the folder just now
@@ -208,15 +228,21 @@ class LocalFiles:
         return move(temporary, full)
 
     def _make_folder(self, folder: str) -> None:
-        if os.path.isdir(folder):
-            return
-        try:
+        for _ in range(_TRIES):
+            if os.path.isdir(folder):
+                return
             parent = os.path.dirname(folder)
             self._make_folder(parent)
-            os.makedirs(folder, exist_ok=True)
+            try:
+                os.mkdir(folder)
+            except (FileExistsError, FileNotFoundError):  # somebody else made it, or has removed its empty parent
+                continue
+            except OSError as error:
+                raise write_error(folder, error) from error
             self._note(parent)
-        except OSError as error:
-            raise write_error(folder, error) from error
+            return
+        if not os.path.isdir(folder):
+            raise StoreError(f"could not make the folder {folder}; is there a file of that name?")
 
     def _write_temporary(self, full: str, buffers: Sequence[Buffer]) -> str:
         self._make_folder(os.path.dirname(full))
@@ -294,6 +320,17 @@ class FsspecFiles:
         for name, entry in found.items():
             yield name[len(self._root) + 1 :], int(entry["size"])
 
+    def ages(self, folder: str) -> dict[str, float]:
+        probe = self._full(f"tmp/{uuid.uuid4().hex}")
+        self._fs.pipe_file(probe, b"")
+        now = _modified(self._fs.info(probe), probe)
+        self._fs.rm_file(probe)
+        try:
+            found = self._fs.find(self._full(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name[len(self._root) + 1 :]: now - _modified(entry, name) for name, entry in found.items()}
+
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         try:
             with self._creating:
@@ -327,6 +364,17 @@ class FsspecFiles:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _modified(entry: dict[str, Any], path: str) -> float:
+    """When an object was last written, in seconds; drivers call it differently."""
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        value = entry.get(name)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    raise StoreError(f"this kind of store doesn't tell when {path} was written, which gc needs to know")
 
 
 __all__ = ["Files", "FsspecFiles", "LocalFiles", "open_files", "total_bytes"]
