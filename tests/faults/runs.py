@@ -31,10 +31,10 @@ def environment(home: str, **more: str) -> dict[str, str]:
     return {**kept, "HOME": home, "PREFECT_HOME": f"{home}/prefect", **more}
 
 
-def start(recipe: Path, store: str, **more: str) -> subprocess.Popen[str]:
+def start(recipe: Path, store: str, *options: str, **more: str) -> subprocess.Popen[str]:
     """`coldpress run` in a process of its own; `more` goes into its environment."""
     return subprocess.Popen(
-        [sys.executable, "-m", "coldpress.flows.cli", "run", str(recipe), "--store", store, "--json"],
+        [sys.executable, "-m", "coldpress.flows.cli", "run", str(recipe), "--store", store, "--json", *options],
         cwd=recipe.parent,
         env=environment(str(recipe.parent), **more),
         stdout=subprocess.PIPE,

@@ -69,7 +69,7 @@ def test_a_stage_that_finds_no_room_says_so_and_goes_on_when_there_is_some(
         store = new_store()
         with monkeypatch.context() as patch:
             patch.setattr("coldpress.storage.files.os", FullDisk(at))
-            with pytest.raises(StoreError, match="the disk is full: could not write .*; free some space"):
+            with pytest.raises(StoreError, match=r"the disk is full: could not write .*; free some space"):
                 quantize(store)
         assert verify(Store(store.url)) == []
         again = quantize(Store(store.url))
