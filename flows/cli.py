@@ -6,53 +6,24 @@ Exit status: 0 all well; 1 a stage failed (or `verify` found damage); 2 the requ
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ..storage.errors import ColdpressError
+from .cli_store import STORE_COMMANDS
+from .command import answers_errors, open_store, store_option
 
-
-def _answers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        try:
-            return function(*arguments, **keywords)
-        except ColdpressError as error:
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo(
-                "interrupted: all finished work is kept; the same command goes on from there",
-                err=True,
-            )
-            sys.exit(130)
-
-    return wrapped
-
-
-store_option = click.option(
-    "--store", "store_url", metavar="URL", help="Folder or fsspec URL. [default: $COLDPRESS_STORE or .coldpress]"
-)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe: stages.pruned.sparsity=0.6"
 )
 only_option = click.option(
     "--only", multiple=True, metavar="NAME", help="Only this stage, what it needs, and its evaluations."
 )
-
-
-def _store(url: str | None) -> Any:
-    from ..storage.store import Store
-
-    return Store(url) if url else Store.default()
 
 
 def _recipe(name: str, overrides: tuple[str, ...], only: tuple[str, ...]) -> Any:
@@ -86,7 +57,7 @@ def main(verbose: bool) -> None:
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes CUDA where there is some."
 )
 @click.option("--report", "report_folder", metavar="DIR", help="Where the report goes. [default: reports/<recipe>]")
-@_answers_errors
+@answers_errors
 def run(
     recipe: str,
     store_url: str | None,
@@ -105,7 +76,7 @@ def run(
 
     checked = _recipe(recipe, overrides, only)
     with Terminal(Console(stderr=True)) as terminal:
-        result = run_recipe(checked, _store(store_url), terminal, device=device)
+        result = run_recipe(checked, open_store(store_url), terminal, device=device)
     document = result.to_json()
     folder = report_folder or os.path.join("reports", checked.name)
     document["report"] = write_report(document, folder)
@@ -147,7 +118,7 @@ def _print_table(document: dict[str, Any]) -> None:
 @set_option
 @only_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@_answers_errors
+@answers_errors
 def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> None:
     """Show RECIPE's DAG: each stage cached, to be run, or undecided until its inputs exist. Computes nothing."""
     from rich.console import Console
@@ -156,7 +127,7 @@ def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: t
 
     from .plan import disk_need, prepare
 
-    checked, store = _recipe(recipe, overrides, only), _store(store_url)
+    checked, store = _recipe(recipe, overrides, only), open_store(store_url)
     planned = prepare(checked, store)
     if as_json:
         entries = [
@@ -191,13 +162,13 @@ def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: t
 @click.argument("stage")
 @store_option
 @set_option
-@_answers_errors
+@answers_errors
 def why(recipe: str, stage: str, store_url: str | None, overrides: tuple[str, ...]) -> None:
     """Say why STAGE of RECIPE is cached or not: what differs from the nearest earlier run."""
     from ..tasks.catalogue import did_you_mean
     from .plan import nearest_action, prepare
 
-    checked, store = _recipe(recipe, overrides, ()), _store(store_url)
+    checked, store = _recipe(recipe, overrides, ()), open_store(store_url)
     planned = prepare(checked, store)
     if stage not in planned:
         raise ColdpressError(f"the recipe has no stage '{stage}'; {did_you_mean(stage, list(planned))}")
@@ -230,7 +201,7 @@ def _value(value: Any) -> str:
 
 @main.command()
 @click.argument("name", required=False)
-@_answers_errors
+@answers_errors
 def stages(name: str | None) -> None:
     """The catalogue: methods, parameters, defaults and papers. NAME is like prune or quantize/gptq."""
     from ..tasks.catalogue import did_you_mean
@@ -255,108 +226,8 @@ def stages(name: str | None) -> None:
         click.echo("\ncoldpress stages NAME shows the parameters")
 
 
-@main.command("ls")
-@store_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@_answers_errors
-def list_refs(store_url: str | None, as_json: bool) -> None:
-    """List the results that have names."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    store = _store(store_url)
-    refs = sorted(store.refs().items())
-    if as_json:
-        click.echo(json.dumps({name: {"kind": a.kind, "artifact": a.id} for name, a in refs}, indent=2))
-        return
-    if not refs:
-        click.echo(f"{store.url} holds nothing yet")
-        return
-    table = Table()
-    for title in ("name", "kind", "artifact"):
-        table.add_column(title)
-    table.add_column("size", justify="right")
-    for name, artifact in refs:
-        size = f"{store.manifest(artifact).stored_bytes() / 1e6:.1f} MB" if store.holds(artifact) else "damaged"
-        table.add_row(escape(name), artifact.kind, artifact.short, size)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-@main.command()
-@click.argument("ref")
-@store_option
-@_answers_errors
-def show(ref: str, store_url: str | None) -> None:
-    """Show an artifact (a name, an id or its beginning) and how it came about, as JSON."""
-    store = _store(store_url)
-    artifact = store.resolve(ref)
-    manifest = store.manifest(artifact)
-    made_by = [action for action in store.actions() if action.artifact.id == artifact.id]
-    document: dict[str, Any] = {
-        "artifact": artifact.id,
-        "kind": artifact.kind,
-        "format": manifest.format,
-        "quantization": manifest.quantization,
-        "tensors": len(manifest.tensors),
-        "masks": len(manifest.masks),
-        "files": sorted(manifest.files),
-        "stored_bytes": manifest.stored_bytes(),
-        "made_by": [{"preimage": action.preimage, "provenance": action.provenance} for action in made_by],
-    }
-    if "metrics.json" in manifest.files:
-        document["metrics"] = json.loads(store.read_file(artifact, "metrics.json"))
-    click.echo(json.dumps(document, indent=2))
-
-
-@main.command()
-@click.argument("ref")
-@click.argument("folder", type=click.Path())
-@store_option
-@_answers_errors
-def export(ref: str, folder: str, store_url: str | None) -> None:
-    """Write a checkpoint as a plain Hugging Face folder."""
-    from ..storage.export import export as write
-
-    store = _store(store_url)
-    for name in write(store, store.resolve(ref), folder):
-        click.echo(os.path.join(folder, name))
-
-
-@main.command()
-@store_option
-@_answers_errors
-def verify(store_url: str | None) -> None:
-    """Hash everything in the store; report what is damaged and who needs it. Exit status 1 if something is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from ..storage.inspect import verify as check
-
-    store = _store(store_url)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("hashing blobs", total=None)
-        findings = check(store, lambda done, total: bar.update(task, completed=done, total=total))
-    for finding in findings:
-        needed = f" (needed by {', '.join(finding.needed_by)})" if finding.needed_by else ""
-        click.echo(f"{finding.path}: {finding.problem}{needed}")
-    if findings:
-        click.echo(f"{len(findings)} problems in {store.url}; running the recipes again recomputes what is gone")
-        sys.exit(1)
-    click.echo(f"{store.url} is sound")
-
-
-@main.command()
-@store_option
-@_answers_errors
-def du(store_url: str | None) -> None:
-    """How much room the store takes, and how much sharing saves."""
-    from ..storage.inspect import usage
-
-    used = usage(_store(store_url))
-    click.echo(f"{used.artifacts} artifacts, {used.logical / 1e6:.1f} MB if each were stored alone")
-    click.echo(f"{used.blobs} blobs, {used.stored / 1e6:.1f} MB stored")
-    click.echo(f"{used.unreferenced / 1e6:.1f} MB belong to no artifact")
+for _command in STORE_COMMANDS:
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

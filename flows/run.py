@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
-from ..storage.errors import ColdpressError
+from ..storage.digests import digest_of
+from ..storage.errors import ColdpressError, DamagedBlob
 from ..storage.journal import unfinished
+from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import Planned, check_disk, compare, prepare
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coldpress")
 
 PREEMPTED = "Pre-empted"  # the name of the Prefect state
+SECONDS_BETWEEN_LOOKS = 2.0  # at another job's lease
+REPAIRS = 3  # of a stage's inputs, before it fails
 
 
 @dataclass
@@ -46,7 +50,8 @@ class StageResult:
     """How a node ended.
 
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
-    its work kept); failed; or skipped (something before it did not finish).
+    its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
+    died before it did).
     """
 
     name: str
@@ -98,7 +103,9 @@ def run_recipe(recipe: Recipe, store: Store, terminal: Terminal, *, device: str 
     # Sorted by time, unique without asking anyone.
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     result = RunResult(run_id, recipe.name, store.url, recipe.variants)
-    result.stages = {node.name: StageResult(node.name, node.stage.name, "skipped") for node in recipe.nodes}
+    for planned in plan.values():
+        _record(result, planned.node, "pending", planned.action)
+    _save(recipe, store, result)
     everything_cached = all(planned.action for planned in plan.values())
     if everything_cached and not server_configured():
         for planned in plan.values():
@@ -107,14 +114,19 @@ def run_recipe(recipe: Recipe, store: Store, terminal: Terminal, *, device: str 
             terminal.finish(planned.node.name, "cached", 0)
     else:
         _run_on_prefect(recipe, store, terminal, plan, result, device=device, slots=slots)
-    _collect_metrics(recipe, store, result)
     for node in recipe.nodes:
         artifact = result.stages[node.name].artifact
         if artifact is not None:
             store.set_ref(f"{recipe.name}/{node.name}", artifact)
-    record = {**result.to_json(), "text": recipe.text, "path": recipe.path, "overrides": list(recipe.overrides)}
-    store.save_run(run_id, record)
+    _save(recipe, store, result)
+    _collect_metrics(recipe, store, result)
     return result
+
+
+def _save(recipe: Recipe, store: Store, result: RunResult) -> None:
+    """Keep what is known of a run so far, so that it can be explained and gc keeps what it uses."""
+    record = {**result.to_json(), "text": recipe.text, "path": recipe.path, "overrides": list(recipe.overrides)}
+    store.save_run(result.run, record)
 
 
 def server_configured() -> bool:
@@ -134,7 +146,10 @@ def server_configured() -> bool:
     return bool(settings.get("PREFECT_API_URL"))
 
 
-def _record(result: RunResult, node: Node, state: str, action: Action) -> None:
+def _record(result: RunResult, node: Node, state: str, action: Action | None) -> None:
+    if action is None:
+        result.stages[node.name] = StageResult(node.name, node.stage.name, state)
+        return
     result.stages[node.name] = StageResult(
         node.name,
         node.stage.name,
@@ -249,6 +264,7 @@ class _Execution:
         self._workers = workers
         self._free = list(workers)
         self._condition = threading.Condition()
+        self._saving = threading.Lock()
         self._stopping = False
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
@@ -263,7 +279,8 @@ class _Execution:
             for worker in self._workers:
                 worker.kill()
             raise
-        left = [name for name, entry in self.result.stages.items() if entry.artifact is None]
+        done = ("cached", "computed", "resumed")
+        left = [name for name, entry in self.result.stages.items() if entry.state not in done]
         if left and self._stopping:
             return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
         if left:
@@ -276,7 +293,8 @@ class _Execution:
             futures[node.name] = self._task(node).submit(node.name, **inputs)
         for node in self.recipe.nodes:
             futures[node.name].wait()
-            if self.result.stages[node.name].state == "skipped":
+            if self.result.stages[node.name].state == "pending":
+                self.result.stages[node.name] = StageResult(node.name, node.stage.name, "skipped")
                 why = "the run was asked to stop" if self._stopping else "something before it failed"
                 self.terminal.finish(node.name, "skipped", 0, why)
 
@@ -334,11 +352,7 @@ class _Execution:
         artifacts = {role: Artifact(*reference) for role, reference in inputs.items()}
         began = time.perf_counter()
         try:
-            action = lookup(self.store, node.stage, node.parameters, artifacts)
-            state = "cached"
-            if action is None:
-                action = self._compute(node, artifacts)
-                state = "resumed" if "resumed" in action.provenance else "computed"
+            action, state = self._obtain_on_sound_inputs(node, artifacts)
         except Preempted as error:
             self.result.stages[node.name] = StageResult(node.name, node.stage.name, "pre-empted", error=str(error))
             self.terminal.finish(node.name, "pre-empted", 0, str(error))
@@ -347,37 +361,100 @@ class _Execution:
             self.result.stages[node.name] = StageResult(node.name, node.stage.name, "failed", error=str(error))
             self.terminal.finish(node.name, "failed", 0, _with_line(self.recipe, node, error))
             raise
-        _record(self.result, node, state, action)
-        self._show_artifact(node, action, state)
-        self.terminal.finish(
-            node.name, state, time.perf_counter() - began, resumed_from(action) if state == "resumed" else ""
-        )
+        self._finish(node, action, state, time.perf_counter() - began)
         reference = list(action.artifact)
         return Completed(name="Cached", data=reference) if state == "cached" else reference
 
-    def _compute(self, node: Node, artifacts: Mapping[str, Artifact]) -> Action:
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+    def _finish(self, node: Node, action: Action, state: str, seconds: float) -> None:
+        """Make a stage's result known: to the run's record, by a name in the store, on the dashboard and terminal."""
+        _record(self.result, node, state, action)
+        if state != "cached":
+            with self._saving:
+                self.store.set_ref(f"{self.recipe.name}/{node.name}", action.artifact)
+                _save(self.recipe, self.store, self.result)
+        self._show_artifact(node, action, state)
+        self.terminal.finish(node.name, state, seconds, resumed_from(action) if state == "resumed" else "")
 
-        shown: Any = None
+    def _obtain_on_sound_inputs(self, node: Node, artifacts: Mapping[str, Artifact]) -> tuple[Action, str]:
+        """As `_obtain`; when an input turns out to be damaged it is computed again first."""
+        for _ in range(REPAIRS):
+            try:
+                return self._obtain(node, artifacts)
+            except DamagedBlob as error:
+                self.terminal.say(f"  {node.name}: {error}; computing again what is damaged")
+                artifacts = {role: self._repaired(self.recipe.node(name)) for role, name in node.inputs.items()}
+        return self._obtain(node, artifacts)
+
+    def _repaired(self, node: Node) -> Artifact:
+        """A node's artifact, computed again if it is damaged, and before it whatever that needs."""
+        began = time.perf_counter()
+        before = self.result.stages[node.name].artifact
+        inputs = {role: self._repaired(self.recipe.node(name)) for role, name in node.inputs.items()}
+        action, state = self._obtain(node, inputs)
+        if state != "cached":
+            self._finish(node, action, state, time.perf_counter() - began)
+        if before is not None and action.artifact != before:
+            self.terminal.say(f"  {node.name}: computed again it has other content; what follows is computed anew")
+        return action.artifact
+
+    def _obtain(self, node: Node, artifacts: Mapping[str, Artifact]) -> tuple[Action, str]:
+        """The result of a stage and how it was come by: cached, computed or resumed. One job computes, others wait."""
+        if action := lookup(self.store, node.stage, node.parameters, artifacts):
+            return action, "cached"
+        shown = _ProgressArtifact(self.recipe.name, node.name)
+        image = preimage(node.stage, node.parameters, artifacts)
+        about = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name, "inputs": image["inputs"]}
+        self._name_journals_that_do_not_fit(node, image)
+        claim = Claim(self.store, digest_of(image), about)
+        while True:
+            lease = claim.acquire()
+            if lease is None:
+                self._wait_for(node, claim, shown)
+                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                    return action, "cached"
+                continue
+            with Heartbeat(self.store, lease, about) as heartbeat:
+                # Between the last look-up and the lease another job may have finished.
+                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                    return action, "cached"
+                try:
+                    action = self._compute(node, artifacts, lease, heartbeat, shown)
+                    return action, "resumed" if "resumed" in action.provenance else "computed"
+                except LeaseLost as error:
+                    self.terminal.say(f"  {node.name}: {error}")
+
+    def _wait_for(self, node: Node, claim: Claim, shown: _ProgressArtifact) -> None:
+        """Wait a moment for another job, showing which. Raises Preempted."""
+        holder = claim.holder
+        if holder:
+            text = f"waiting for run {holder['run']} on {holder['host']} (process {holder['pid']})"
+            self.terminal.wait(node.name, text, holder["doing"])
+            shown.describe(f"{text} {holder['doing']}")
+        with self._condition:
+            if not self._stopping:
+                self._condition.wait(SECONDS_BETWEEN_LOOKS)
+            if self._stopping:
+                raise Preempted("was waiting for another job when the run was asked to stop")
+
+    def _compute(
+        self,
+        node: Node,
+        artifacts: Mapping[str, Artifact],
+        lease: Lease,
+        heartbeat: Heartbeat,
+        shown: _ProgressArtifact,
+    ) -> Action:
         pace = Pace()
 
         def progress(what: str, done: int, total: int) -> None:
-            nonlocal shown
             self.terminal.advance(node.name, what, done, total)
-            percent = 100.0 * done / total
-            if shown is None:
-                shown = create_progress_artifact(
-                    percent, key=_slug(f"{self.recipe.name}-{node.name}-progress"), description=f"{node.name}: {what}"
-                )
-            else:
-                text = f"{node.name}: {pace.describe(what, done, total)}"
-                update_progress_artifact(shown, percent, description=text)
+            heartbeat.doing = pace.describe(what, done, total)
+            shown.update(100.0 * done / total, heartbeat.doing)
 
         context = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name}
-        self._name_journals_that_do_not_fit(node, preimage(node.stage, node.parameters, artifacts))
         worker = self._take_worker()
         try:
-            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress)
+            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
         finally:
             self._give_back(worker)
 
@@ -410,6 +487,30 @@ class _Execution:
             key=_slug(f"{self.recipe.name}-{node.name}"),
             description=f"{node.name} ({state})",
         )
+
+
+class _ProgressArtifact:
+    """A stage's progress on the dashboard."""
+
+    def __init__(self, recipe: str, node: str) -> None:
+        self._key = _slug(f"{recipe}-{node}-progress")
+        self._node = node
+        self._id: Any = None
+        self._described = ""
+
+    def update(self, percent: float, text: str) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        self._described = text
+        if self._id is None:
+            self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
+        else:
+            update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
+
+    def describe(self, text: str) -> None:
+        """What the stage waits for; told once."""
+        if text != self._described:
+            self.update(0.0, text)
 
 
 def _grace_seconds() -> float:

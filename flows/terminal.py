@@ -62,6 +62,7 @@ class Terminal:
         self._bars: dict[str, TaskID] = {}
         self._paces: dict[str, Pace] = {}
         self._spoke: dict[str, float] = {}
+        self._waits: dict[str, str] = {}
 
     def __enter__(self) -> Terminal:
         if self._live:
@@ -87,6 +88,17 @@ class Terminal:
             elif time.monotonic() - self._spoke.setdefault(stage, time.monotonic()) > SECONDS_BETWEEN_LINES:
                 self._spoke[stage] = time.monotonic()
                 self.say(f"  {escape(stage)}: {text}")
+
+    def wait(self, stage: str, why: str, detail: str) -> None:
+        """A stage waits: a live line with the detail, and the reason as a line of its own when it changes."""
+        with self._lock:
+            if self._live:
+                if stage not in self._bars:
+                    self._bars[stage] = self._progress.add_task(why, total=None, stage=escape(stage))
+                self._progress.update(self._bars[stage], description=f"{why} {detail}".strip())
+            elif self._waits.get(stage) != why:
+                self._waits[stage] = why
+                self.say(f"  {escape(stage)}: {why}")
 
     def finish(self, stage: str, state: str, seconds: float, detail: str = "") -> None:
         """A stage has ended."""

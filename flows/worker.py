@@ -1,9 +1,8 @@
 """The process that computes: one for each device slot; a stage runs in its main thread, and torch lives there only.
 
 `python -m coldpress.flows.worker` reads one JSON request a line from standard input and answers with JSON lines: any
-number of `{"progress": …}`, then `{"done": …}`, `{"error": …}` or, after SIGTERM, `{"preempted": …}`. `Worker` is the
-other end. What libraries print goes
-to standard error, which `Worker` passes on to the log.
+number of `{"progress": …}`, then `{"done": …}`, `{"error": …}`, or the message of one of `_OUTCOMES`. `Worker` is the
+other end. What libraries print goes to standard error, which `Worker` passes on to the log.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..storage.artifacts import Artifact
-from ..storage.errors import ColdpressError
+from ..storage.errors import ColdpressError, DamagedBlob
+from ..storage.leases import Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.catalogue import stage_named
 from ..tasks.stage import Parameters, Preempted, Run, Stage, StageError, compute
@@ -35,6 +35,10 @@ Progress = Callable[[str, int, int], None]
 # instead of lying in pieces in the heap, while the activations of calibration (smaller than this) are not mapped anew
 # for each operation.
 _ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
+
+
+# Ends of a stage that the run has its own answers to.
+_OUTCOMES: dict[str, type[ColdpressError]] = {kind.__name__: kind for kind in (Preempted, LeaseLost, DamagedBlob)}
 
 
 class WorkerDied(StageError):
@@ -70,14 +74,19 @@ class Worker:
         inputs: Mapping[str, Artifact],
         context: Mapping[str, Any],
         progress: Progress,
+        lease: Lease | None = None,
     ) -> Action:
-        """Run a stage there. Raises StageError with what the stage raised; Preempted when it was asked to stop."""
+        """Run a stage there.
+
+        Raises StageError with what the stage raised; Preempted when it was asked to stop; LeaseLost; DamagedBlob.
+        """
         request = {
             "store": store.url,
             "stage": stage.name,
             "parameters": parameters.model_dump(mode="json"),
             "inputs": {role: list(artifact) for role, artifact in inputs.items()},
             "context": dict(context),
+            "lease": list(lease) if lease else None,
         }
         with self._lock:
             assert self._process.stdin is not None
@@ -91,8 +100,9 @@ class Worker:
                 answer = json.loads(line)
                 if "progress" in answer:
                     progress(*answer["progress"])
-                elif "preempted" in answer:
-                    raise Preempted(answer["preempted"])
+                elif outcome := _OUTCOMES.keys() & answer.keys():
+                    (name,) = outcome
+                    raise _OUTCOMES[name](answer[name])
                 elif "error" in answer:
                     logger.debug("%s", answer["traceback"])
                     raise StageError(answer["error"])
@@ -145,11 +155,12 @@ class InProcess:
         inputs: Mapping[str, Artifact],
         context: Mapping[str, Any],
         progress: Progress,
+        lease: Lease | None = None,
     ) -> Action:
         """As `Worker.compute`."""
         with self._lock:
             run = Run(store, _resolve_device(self.device), progress, stop_asked=self._stop.is_set)
-            return compute(run, stage, parameters, inputs, context)
+            return compute(run, stage, parameters, inputs, context, lease)
 
     def preempt(self) -> None:
         """As `Worker.preempt`."""
@@ -200,9 +211,10 @@ def _serve(device: str) -> None:
         try:
             parameters = stage.parameters.model_validate(request["parameters"])
             inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
-            action = compute(run, stage, parameters, inputs, request["context"])
-        except Preempted as error:
-            _answer(answers, preempted=str(error))
+            lease = Lease(*request["lease"]) if request["lease"] else None
+            action = compute(run, stage, parameters, inputs, request["context"], lease)
+        except tuple(_OUTCOMES.values()) as error:
+            _answer(answers, **{type(error).__name__: str(error)})
         except ColdpressError as error:
             _answer(answers, error=str(error), traceback=traceback.format_exc())
         except Exception as error:  # noqa: BLE001 (the process boundary: everything is reported, with its traceback)

@@ -7,12 +7,13 @@ Paths are relative to the store's root, with forward slashes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from .errors import StoreError, write_error
 
 # The C library keeps freed memory of this and greater sizes in the arenas of the threads that once asked for it.
 _MAPPED_BYTES = 1 << 20
+_TRIES = 20  # against others who remove the folder that they have just emptied
 
 
 class Files(Protocol):
@@ -47,6 +49,10 @@ class Files(Protocol):
         """Every file below `folder` with its size in bytes, in any order."""
         ...
 
+    def ages(self, folder: str) -> dict[str, float]:
+        """Seconds since each file below `folder` was written or kept, by the clock of the place itself."""
+        ...
+
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         """Write the file if it isn't there. False when another one is there already, which then stays."""
         ...
@@ -66,7 +72,7 @@ class Files(Protocol):
         ...
 
     def keep(self, path: str) -> None:
-        """Make the next `sync` cover a file that another writer made, perhaps without syncing it."""
+        """Count a file that another writer made as new; the next `sync` covers it, synced by that one or not."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -130,14 +136,27 @@ class LocalFiles:
                     continue
                 yield os.path.relpath(full, self.root).replace(os.sep, "/"), size
 
+    def ages(self, folder: str) -> dict[str, float]:
+        probe = self._write_temporary(self._full("tmp/now"), [])
+        try:
+            now = os.stat(probe).st_mtime
+        finally:
+            os.unlink(probe)
+        found = {}
+        for path, _ in self.list(folder):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                found[path] = now - os.stat(self._full(path)).st_mtime
+        return found
+
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         full = self._full(path)
         temporary = self._write_temporary(full, buffers)
         try:
-            os.link(temporary, full)
+            self._into_place(os.link, temporary, full)
         except FileExistsError:
             self._note(os.path.dirname(full))
-            return False
+            # Over NFS the answer to a link that worked can get lost; asked again, the server says that it exists.
+            return os.stat(temporary).st_nlink == 2
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise StoreError(
@@ -154,7 +173,7 @@ class LocalFiles:
         full = self._full(path)
         temporary = self._write_temporary(full, buffers)
         try:
-            os.replace(temporary, full)
+            self._into_place(os.replace, temporary, full)
         except OSError as error:
             os.unlink(temporary)
             raise write_error(full, error) from error
@@ -167,8 +186,12 @@ class LocalFiles:
         self._note(os.path.dirname(self._full(target)))
 
     def delete(self, path: str) -> None:
-        os.unlink(self._full(path))
-        self._note(os.path.dirname(self._full(path)))
+        full = self._full(path)
+        os.unlink(full)
+        folder = os.path.dirname(full)
+        while os.path.dirname(folder) != self.root and _remove_if_empty(folder):
+            folder = os.path.dirname(folder)
+        self._note(folder)
 
     def sync(self) -> None:
         with self._syncing:
@@ -177,7 +200,10 @@ class LocalFiles:
                 self._unsynced -= folders
             try:
                 for folder in folders:
-                    descriptor = os.open(folder, os.O_RDONLY)
+                    try:
+                        descriptor = os.open(folder, os.O_RDONLY)
+                    except FileNotFoundError:  # emptied and removed meanwhile
+                        continue
                     try:
                         os.fsync(descriptor)
                     finally:
@@ -188,6 +214,8 @@ class LocalFiles:
                 raise write_error(self.root, error) from error
 
     def keep(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # whoever relies on it finds out before publishing
+            os.utime(self._full(path))
         self._note(os.path.dirname(self._full(path)))
 
     def free_bytes(self) -> int | None:
@@ -208,16 +236,30 @@ class LocalFiles:
                 folder = os.path.dirname(folder)
                 self._unsynced.add(folder)
 
+    def _into_place(self, move: Callable[[str, str], None], temporary: str, full: str) -> None:
+        for _ in range(_TRIES):
+            try:
+                return move(temporary, full)
+            except FileNotFoundError:  # whoever deleted the folder's last file has removed the folder just now
+                self._make_folder(os.path.dirname(full))
+        return move(temporary, full)
+
     def _make_folder(self, folder: str) -> None:
-        if os.path.isdir(folder):
-            return
-        try:
+        for _ in range(_TRIES):
+            if os.path.isdir(folder):
+                return
             parent = os.path.dirname(folder)
             self._make_folder(parent)
-            os.makedirs(folder, exist_ok=True)
+            try:
+                os.mkdir(folder)
+            except (FileExistsError, FileNotFoundError):  # somebody else made it, or has removed its empty parent
+                continue
+            except OSError as error:
+                raise write_error(folder, error) from error
             self._note(parent)
-        except OSError as error:
-            raise write_error(folder, error) from error
+            return
+        if not os.path.isdir(folder):
+            raise StoreError(f"could not make the folder {folder}; is there a file of that name?")
 
     def _write_temporary(self, full: str, buffers: Sequence[Buffer]) -> str:
         self._make_folder(os.path.dirname(full))
@@ -239,6 +281,18 @@ class LocalFiles:
                 os.unlink(temporary)
             raise write_error(full, error) from error
         return temporary
+
+
+def _remove_if_empty(folder: str) -> bool:
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise write_error(folder, error) from error
+    return True
 
 
 def new_buffer(size: int) -> memoryview:

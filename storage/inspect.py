@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,7 +13,10 @@ from .store import Store, artifact_path, blob_path
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: the file, what is wrong with it, and the artifacts and refs that need it."""
+    """Something wrong: the file, what is wrong with it, and who needs it.
+
+    needed_by: names of results, or for one without a name the stage that made it.
+    """
 
     path: str
     problem: str
@@ -32,11 +35,12 @@ class Usage:
 
 
 def verify(store: Store, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Finding]:
-    """Hash every blob and manifest, check every record, change nothing. `progress` gets blobs done and their number."""
-    names: dict[str, list[str]] = {}
-    for name, artifact in store.refs().items():
-        names.setdefault(artifact.id, []).append(name)
+    """Hash every blob and manifest, check every record. `progress` gets blobs done and their number.
 
+    Damaged blobs are moved to `damaged/`, as any reader does, so that the next run recomputes the stages that made
+    them; nothing else is changed.
+    """
+    names = _users(store)
     findings: list[Finding] = []
     needs: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
@@ -60,7 +64,11 @@ def verify(store: Store, progress: Callable[[int, int], None] = lambda done, tot
 
     def check(path: str) -> str | None:
         blob = "".join(path.split("/")[-2:])
-        return None if sha256(store.files.read(path)) == blob else "its bytes don't hash to its name"
+        try:
+            store.read_blob(blob, again=True)
+        except DamagedBlob:
+            return "its bytes don't hash to its name; moved to damaged/"
+        return None
 
     with ThreadPoolExecutor(2) as pool:
         for done, (path, problem) in enumerate(zip(present, pool.map(check, present), strict=True), start=1):
@@ -68,16 +76,39 @@ def verify(store: Store, progress: Callable[[int, int], None] = lambda done, tot
             if problem:
                 findings.append(Finding(path, problem, tuple(needs.get("".join(path.split("/")[-2:]), ()))))
 
-    for folder in ("actions", "refs", "runs"):
-        for path, _ in store.files.list(folder):
-            try:
-                record = unseal(store.files.read(path), path)
-            except DamagedBlob as error:
-                findings.append(Finding(path, str(error), ()))
-                continue
-            if "artifact" in record and record["artifact"][1] not in known:
-                findings.append(Finding(path, f"its artifact {record['artifact'][1][:12]} is missing or damaged", ()))
+    for folder in ("actions", "refs", "pins", "runs", "journals", "leases"):
+        findings.extend(_check_records(store, folder, known))
     return findings
+
+
+def _check_records(store: Store, folder: str, known: set[str]) -> Iterator[Finding]:
+    for path, _ in store.files.list(folder):
+        try:
+            data = store.files.read(path)
+            if "/tensors-" in path:
+                if not path.endswith(f"/tensors-{sha256(data)}"):
+                    yield Finding(path, "its bytes don't hash to its name; a resumed stage does without it", ())
+                continue
+            record = unseal(data, path)
+        except FileNotFoundError:  # a running job has finished with it
+            continue
+        except DamagedBlob as error:
+            yield Finding(path, str(error), ())
+            continue
+        if folder in ("actions", "refs", "pins") and record["artifact"][1] not in known:
+            yield Finding(path, f"its artifact {record['artifact'][1][:12]} is missing or damaged", ())
+
+
+def _users(store: Store) -> dict[str, list[str]]:
+    """{artifact id: names of results}, or the stages that made it for want of a name."""
+    users: dict[str, list[str]] = {}
+    for name, artifact in store.refs().items():
+        users.setdefault(artifact.id, []).append(name)
+    made: dict[str, list[str]] = {}
+    for action in store.actions():
+        of = "/".join(action.provenance[name] for name in ("recipe", "node") if name in action.provenance)
+        made.setdefault(action.artifact.id, []).append(f"{action.stage} of {of}" if of else action.stage)
+    return {**made, **users}
 
 
 def usage(store: Store) -> Usage:

@@ -9,6 +9,7 @@ cache is off, since with it on another client's new object is not seen.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import threading
 import uuid
@@ -90,12 +91,15 @@ class FsspecFiles:
             return None
 
     def list(self, folder: str) -> Iterator[tuple[str, int]]:
-        try:
-            found = self._request("list", folder, lambda: self._fs.find(self._full(folder), detail=True))
-        except FileNotFoundError:
-            return
-        for name, entry in found.items():
-            yield name[len(self._root) + 1 :], int(entry["size"])
+        for path, entry in self._entries(folder):
+            yield path, int(entry["size"])
+
+    def ages(self, folder: str) -> dict[str, float]:
+        probe = f"tmp/{uuid.uuid4().hex}"
+        self.replace(probe, [])
+        now = _modified(dict(self._entries("tmp"))[probe], probe)
+        self.delete(probe)
+        return {path: now - _modified(entry, path) for path, entry in self._entries(folder)}
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> bool:
         if self.atomic_create:
@@ -128,7 +132,7 @@ class FsspecFiles:
         """Objects are durable once written."""
 
     def keep(self, path: str) -> None:
-        """Objects are durable once written."""
+        """Objects are durable once written; most drivers can't make one count as new without writing it again."""
 
     def free_bytes(self) -> int | None:
         return None
@@ -136,6 +140,15 @@ class FsspecFiles:
     def _options(self) -> dict[str, Any]:
         """What the driver is opened with, besides its own configuration."""
         return {}
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every object below the folder with what the driver knows of it, its "size" and when it was written."""
+        try:
+            found = self._request("list", folder, lambda: self._fs.find(self._full(folder), detail=True))
+        except FileNotFoundError:
+            return
+        for name, entry in found.items():
+            yield name[len(self._root) + 1 :], entry
 
     def _write(self, path: str, buffers: Sequence[Buffer], *, absent: bool) -> bool:
         """Write an object; with `absent` only if none is there, else False."""
@@ -219,3 +232,14 @@ class FsspecFiles:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _modified(entry: dict[str, Any], path: str) -> float:
+    """When an object was last written, in seconds; drivers call it differently."""
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        value = entry.get(name)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    raise StoreError(f"this kind of store doesn't tell when {path} was written, which gc needs to know")

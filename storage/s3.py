@@ -36,14 +36,19 @@ class S3Files(FsspecFiles):
         except FileNotFoundError:
             return None
 
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+    def keep(self, path: str) -> None:
+        source = {"Bucket": self._bucket, "Key": self._key(path)}
+        with contextlib.suppress(FileNotFoundError):  # whoever relies on it finds out before publishing
+            self._call("renew", path, "copy_object", CopySource=source, MetadataDirective="REPLACE")
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         prefix = f"{self._key(folder)}/".lstrip("/")
         skipped = len(f"{self._prefix}/") if self._prefix else 0
         token: str | None = ""
         while token is not None:
             page = self._request("list", folder, partial(self._page, prefix, token))
             for entry in page.get("Contents", []):
-                yield entry["Key"][skipped:], int(entry["Size"])
+                yield entry["Key"][skipped:], {**entry, "size": entry["Size"]}
             token = page.get("NextContinuationToken")
 
     def _page(self, prefix: str, token: str) -> Any:

@@ -3,8 +3,10 @@
     blobs/sha256/ab/cdef…       immutable content
     artifacts/sha256/ab/cdef…   manifests
     actions/<stage>/<key>       key -> artifact, with the key's whole pre-image and provenance
-    journals/<key>/…            what an unfinished stage has done (journal.py)
+    journals/<key>/<attempt>/…  what an unfinished stage has done (journal.py)
+    leases/<key>/<epoch>        who computes a key (leases.py)
     refs/<name>.json            names for people: "recipe/stage"
+    pins/<artifact id>          what gc keeps although no name leads to it
     runs/<id>                   a recipe as it was run
     damaged/                    what failed verification, moved aside
     tmp/                        files not yet published
@@ -81,34 +83,36 @@ class Store:
             self.cache.put(blob, buffers)
         return blob, size
 
-    def read_blob(self, blob: str) -> memoryview:
+    def read_blob(self, blob: str, *, again: bool = False) -> memoryview:
         """A blob's content, hashed at its first read by this `Store`; from the local cache when the store is remote.
+
+        With `again` it is read from the store itself and hashed, whatever was read before.
 
         Raises DamagedBlob when it is missing or does not hash to its name; a damaged one is moved aside, so that
         the stage that made it counts as not cached and is computed again.
         """
-        cached = self.cache.get(blob) if self.cache else None
+        cached = self.cache.get(blob) if self.cache and not again else None
         if cached is not None:
             return cached
-        data = self._read_stored(blob)
-        if self.cache:
+        data = self._read_stored(blob, again)
+        if self.cache and not again:
             self.cache.put(blob, [data])
         return data
 
-    def _read_stored(self, blob: str) -> memoryview:
+    def _read_stored(self, blob: str, again: bool) -> memoryview:
         try:
             data = self.files.read(blob_path(blob))
         except FileNotFoundError as error:
             self._forget(blob)
             raise DamagedBlob(
-                f"blob {blob} is missing from {self.url}; run the recipe again, it recomputes what is gone"
+                f"blob {blob} is missing from {self.url}; running the recipe again recomputes what is gone"
             ) from error
-        if blob not in self._verified:
+        if again or blob not in self._verified:
             if sha256(data) != blob:
                 self._set_aside(blob)
                 raise DamagedBlob(
                     f"blob {blob} in {self.url} was damaged (its bytes don't hash to its name) and has been moved to "
-                    "damaged/; run the recipe again, it recomputes what is gone"
+                    "damaged/; running the recipe again recomputes what is gone"
                 )
             with self._lock:
                 self._verified.add(blob)
@@ -144,9 +148,13 @@ class Store:
         data = manifest.to_json()
         artifact = Artifact(manifest.kind, sha256(data))
         path = artifact_path(artifact.id)
-        if not self.files.create(path, [data]) and bytes(self.files.read(path)) != data:
-            self.files.replace(path, [data])
+        if not self.files.create(path, [data]):
+            self.files.keep(path)
+            if bytes(self.files.read(path)) != data:
+                self.files.replace(path, [data])
         self.files.sync()
+        if vanished := self.missing_blobs(manifest.blobs):  # gc had come between
+            raise StoreError(f"{len(vanished)} blobs vanished from {self.url} before they were used ({vanished[0]} …)")
         return artifact
 
     def manifest(self, artifact: Artifact | str) -> Manifest:
@@ -259,6 +267,31 @@ class Store:
         close = difflib.get_close_matches(name, refs, 1)
         hint = f"did you mean '{close[0]}'?" if close else "`coldpress ls` shows what is there"
         raise StoreError(f"nothing in {self.url} is called '{name}'; {hint}")
+
+    def delete_ref(self, name: str) -> None:
+        """Forget a name; what it points at stays until gc. Raises StoreError if there is none."""
+        try:
+            self.files.delete(f"refs/{_inside(name)}.json")
+        except FileNotFoundError as error:
+            raise StoreError(f"nothing in {self.url} is called '{name}'; `coldpress ls` shows what is there") from error
+        self.files.sync()
+
+    def pin(self, artifact: Artifact) -> None:
+        """Have gc keep an artifact whatever its names point at later."""
+        self.files.replace(f"pins/{artifact.id}", [seal({"artifact": list(artifact)})])
+        self.files.sync()
+
+    def unpin(self, artifact: Artifact) -> None:
+        """The inverse of `pin`. Raises StoreError if it isn't pinned."""
+        try:
+            self.files.delete(f"pins/{artifact.id}")
+        except FileNotFoundError as error:
+            raise StoreError(f"artifact {artifact.short} is not pinned") from error
+        self.files.sync()
+
+    def pins(self) -> set[str]:
+        """The ids of pinned artifacts."""
+        return {path.removeprefix("pins/") for path, _ in self.files.list("pins")}
 
     def save_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Keep what a run did."""

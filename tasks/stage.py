@@ -29,6 +29,7 @@ from ..storage.artifacts import Artifact, Kind
 from ..storage.digests import digest_of
 from ..storage.errors import ColdpressError
 from ..storage.journal import Journal
+from ..storage.leases import Lease
 from ..storage.store import Action, Store
 
 logger = logging.getLogger("coldpress")
@@ -187,19 +188,24 @@ def compute(
     parameters: Parameters,
     inputs: Mapping[str, Artifact],
     context: Mapping[str, Any] | None = None,
+    lease: Lease | None = None,
 ) -> Action:
-    """Run a stage now and publish its action. `context` (run id, recipe, …) goes into the provenance."""
+    """Run a stage now and publish its action. `context` (run id, recipe, …) goes into the provenance.
+
+    lease: the right to compute it; raises LeaseLost at the first commit to the journal after it was taken over.
+    """
     image = preimage(entry, parameters, inputs)
     started = time.time()
     clock = time.perf_counter()
     memory = PeakMemory(run.device)
-    journal = Journal(run.store, image, context or {})
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+    journal = Journal(run.store, image, {**(context or {}), "started": began, "host": socket.gethostname()}, lease)
     with _recorded_warnings() as said:
         artifact = entry.function(replace(run, journal=journal), parameters, **inputs)
     before = run.notes.get("resumed", {}).get("seconds_before", 0.0)
     provenance = {
         "seconds": round(before + time.perf_counter() - clock, 3),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "started": began,
         **memory.reading(),
         "device": run.device,
         "host": socket.gethostname(),
@@ -207,6 +213,7 @@ def compute(
         "versions": _library_versions(),
         "commit": _commit(),
         "warnings": said,
+        "attempts": journal.attempts,
         **run.notes,
         **(context or {}),
     }

@@ -215,3 +215,56 @@ def test_a_server_that_does_not_answer_is_a_sentence(tiny_recipe: Path, tmp_path
     assert ended.returncode == 2
     assert f"the Prefect server at {address} does not answer" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def flip_a_blob_of(store: Store, result: RunResult, name: str) -> None:
+    """Change a byte of what only this stage's result holds, if anything."""
+    artifact = result.stages[name].artifact
+    assert artifact is not None
+    others = {entry.artifact for entry in result.stages.values() if entry.artifact} - {artifact}
+    shared = {blob for other in others for blob in store.manifest(other).blobs}
+    blobs = store.manifest(artifact).blobs.keys()
+    blob = min(blobs - shared or blobs)
+    path = f"blobs/sha256/{blob[:2]}/{blob[2:]}"
+    data = bytearray(store.files.read(path))
+    data[-1] ^= 1
+    store.files.replace(path, [bytes(data)])
+
+
+def test_a_run_that_meets_damage_computes_again_what_is_damaged_and_goes_on(run: Run, memory: Store) -> None:
+    undisturbed = run(Store(f"{memory.url}-undisturbed"), "stages.pruned.sparsity=0.6")
+    flip_a_blob_of(memory, run(memory), "base")
+    result = run(Store(memory.url), "stages.pruned.sparsity=0.6")
+    assert not result.failed
+    assert {n: e.artifact for n, e in result.stages.items()} == {n: e.artifact for n, e in undisturbed.stages.items()}
+    assert result.stages["base"].state == "computed"
+    assert verify(Store(memory.url)) == []
+
+
+def test_after_verify_the_next_run_computes_exactly_what_was_damaged(run: Run, memory: Store) -> None:
+    first = run(memory)
+    flip_a_blob_of(memory, first, "gptq")
+    (finding,) = verify(memory)
+    assert finding.needed_by == ("tiny/gptq",)
+    second = run(Store(memory.url))
+    assert {name for name, state in states(second).items() if state == "computed"} == {"gptq"}
+    assert {n: e.artifact for n, e in first.stages.items()} == {n: e.artifact for n, e in second.stages.items()}
+    assert verify(memory) == []
+
+
+def test_a_run_leaves_a_record_from_its_beginning(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coldpress.tasks.quantization import nf4_format
+
+    seen: list[dict[str, Any]] = []
+    pack = nf4_format.pack
+
+    def look(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(next(iter(memory.runs().values())))
+        return pack(*arguments, **keywords)
+
+    monkeypatch.setattr(nf4_format, "pack", look)
+    run(memory)
+    during = {stage["name"]: (stage["state"], bool(stage["artifact"])) for stage in seen[0]["stages"]}
+    assert during["pruned"] == ("computed", True)
+    assert during["nf4"] == ("pending", False)
+    assert "tiny/pruned" in memory.refs()

@@ -383,3 +383,17 @@ def test_a_remote_store_that_takes_no_more_is_a_sentence(monkeypatch: pytest.Mon
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", full)
     with pytest.raises(StoreError, match=r"could not write .*a/b"):
         getattr(open_files("memory://full"), method)("a/b", [b"abc"])
+
+
+def test_a_folder_that_another_empties_and_removes_is_made_again(folder: str, eager_threads: None) -> None:
+    def write_and_delete(number: int) -> int:
+        mine = LocalFiles(folder)
+        for _ in range(150):
+            assert mine.create(f"leases/key/{number}", [b"x"])
+            mine.replace(f"leases/key/{number}", [b"y"])
+            mine.sync()
+            mine.delete(f"leases/key/{number}")
+        return number
+
+    assert at_once(4, write_and_delete) == [0, 1, 2, 3]
+    assert os.listdir(os.path.join(folder, "leases")) == []

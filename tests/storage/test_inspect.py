@@ -132,12 +132,32 @@ def test_a_blob_is_hashed_again_although_it_was_already_read(store: Store, artif
     assert len(verify(store)) == 1
 
 
-def test_verifying_changes_nothing(store: Store, artifact: Artifact) -> None:
-    flip(store, blob_of(store, artifact, "mlp.weight"))
+def test_verifying_sets_damaged_blobs_aside_and_changes_nothing_else(store: Store, artifact: Artifact) -> None:
+    path = blob_of(store, artifact, "mlp.weight")
+    flip(store, path)
     flip(store, ref_path("demo/final"))
     before = {path: bytes(store.files.read(path)) for path in paths(store, "")}
     verify(store)
-    assert {path: bytes(store.files.read(path)) for path in paths(store, "")} == before
+    after = {path: bytes(store.files.read(path)) for path in paths(store, "")}
+    (aside,) = after.keys() - before.keys()
+    assert aside.startswith("damaged/")
+    assert after.pop(aside) == before.pop(path)
+    assert after == before
+
+
+def test_a_blob_that_is_damaged_after_it_was_read_is_found(store: Store, artifact: Artifact) -> None:
+    path = blob_of(store, artifact, "mlp.weight")
+    assert verify(store) == []
+    flip(store, path)
+    assert [finding.path for finding in verify(store)] == [path]
+
+
+def test_a_damaged_blob_names_the_stage_when_its_result_has_no_name(store: Store) -> None:
+    published = publish(store)
+    store.record(action(published, recipe="demo", node="pruned"))
+    flip(store, blob_of(store, published, "mlp.weight"))
+    (finding,) = verify(store)
+    assert finding.needed_by == ("prune/wanda of demo/pruned",)
 
 
 @pytest.mark.usefixtures("artifact")

@@ -93,6 +93,7 @@ def test_steps_after_a_lost_one_are_written_anew(store: Store, reopen: Reopen) -
     store.files.delete(path)
     again = Journal(reopen(), PREIMAGE, CONTEXT)
     again.commit(journal.steps[1])
+    again.commit(journal.steps[2])
     assert [step["number"] for step in Journal(reopen(), PREIMAGE, CONTEXT).steps] == [0, 1, 2]
 
 

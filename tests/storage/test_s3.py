@@ -221,6 +221,16 @@ def test_a_listing_of_many_pages_is_whole_though_one_fails(
     assert proxy.count("GET", "list-type") == 5
 
 
+def test_what_is_kept_counts_as_new(files: FsspecFiles) -> None:
+    time.sleep(1.1)  # S3 counts in seconds
+    files.replace("b", [b"new"])
+    ages = files.ages("")
+    assert ages["a"] >= ages["b"] + 1
+    files.keep("a")
+    assert files.ages("")["a"] <= files.ages("")["b"]
+    assert content(files, "a") == b"abc"
+
+
 # Conditions
 
 

@@ -100,7 +100,7 @@ def in_threads(count: int, work: Callable[[], None]) -> None:
 
 
 def test_a_blob_that_is_not_there_is_an_error_that_says_what_to_do(store: Store) -> None:
-    with pytest.raises(DamagedBlob, match=f"blob {BLOB} is missing from .*; run the recipe again"):
+    with pytest.raises(DamagedBlob, match=f"blob {BLOB} is missing from .*; running the recipe again"):
         store.read_blob(BLOB)
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_blob_is_found_at_its_first_read_and_moved_aside(store: Store,
     store.put_blob([CONTENT])
     damage(store, BLOB, how)
     damaged = bytes(store.files.read(blob_path(BLOB)))
-    with pytest.raises(DamagedBlob, match=f"blob {BLOB} in .* was damaged .* run the recipe again"):
+    with pytest.raises(DamagedBlob, match=f"blob {BLOB} in .* was damaged .* running the recipe again"):
         reopen().read_blob(BLOB)
     (aside,) = paths(store, "")
     assert aside.startswith(f"damaged/{BLOB}")
@@ -517,7 +517,7 @@ def refusal(store: Store) -> str:
     return ""
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "link", "makedirs"])
+@pytest.mark.parametrize("call", ["write", "fsync", "link", "mkdir"])
 def test_a_disk_that_is_full_at_any_call_leaves_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

@@ -1,0 +1,42 @@
+"""What all commands share: how errors are answered, and which store they work on."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..storage.errors import ColdpressError
+
+
+def answers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except ColdpressError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted: all finished work is kept; the same command goes on from there",
+                err=True,
+            )
+            sys.exit(130)
+
+    return wrapped
+
+
+store_option = click.option(
+    "--store", "store_url", metavar="URL", help="Folder or fsspec URL. [default: $COLDPRESS_STORE or .coldpress]"
+)
+
+
+def open_store(url: str | None) -> Any:
+    from ..storage.store import Store
+
+    return Store(url) if url else Store.default()

@@ -1,0 +1,87 @@
+"""Runs of the command line in processes of their own, on a tiny model, to be killed and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BLOCKS = 24
+RECIPE = """\
+name: killed
+model: {{source: "{model}"}}
+data:
+  calibration: {{source: "{text}", samples: 6, length: 64}}
+stages:
+  pruned: {{use: prune, method: wanda, model: base, calibration: calibration, sparsity: 0.5}}
+  gptq: {{use: quantize, method: gptq, model: pruned, calibration: calibration, group_size: 32}}
+"""
+
+
+def environment(home: str, **more: str) -> dict[str, str]:
+    """As a user with that home has it, without the settings of whoever runs the tests."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "COLDPRESS_"))}
+    return {**kept, "HOME": home, "PREFECT_HOME": f"{home}/prefect", **more}
+
+
+def start(recipe: Path, store: str, *options: str, **more: str) -> subprocess.Popen[str]:
+    """`coldpress run` in a process of its own; `more` goes into its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "coldpress.flows.cli", "run", str(recipe), "--store", store, "--json", *options],
+        cwd=recipe.parent,
+        env=environment(str(recipe.parent), **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The JSON document of a run that must end well."""
+    output, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    document: dict[str, Any] = json.loads(output)
+    return document
+
+
+def states(document: dict[str, Any]) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in document["stages"]}
+
+
+def artifacts(document: dict[str, Any]) -> dict[str, str]:
+    return {stage["name"]: stage["artifact"] for stage in document["stages"]}
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """`kill -9` for the run and for what it started."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+    """Returns when the moment has come, or the process has ended."""
+    deadline = time.monotonic() + 200
+    while not moment() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def committed(store: str, node: str) -> int:
+    """Blocks in the journal of a node."""
+    most = 0
+    for path in Path(store).glob("journals/*/*/head"):
+        try:
+            head = json.loads(path.read_text())
+        except FileNotFoundError:  # the stage is done
+            continue
+        if head["context"]["node"] == node:
+            most = max(most, len(head["steps"]) + len(list(path.parent.glob("steps/*"))))
+    return most
