@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:
 	@echo "make demo      prune and quantize SmolLM2-135M in five variants and compare them"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests, those on the real model included"
+	@echo "make test-all  the tests, those on the real model and those that take minutes included"
 	@echo "make bench     speed and memory, against reference implementations"
 	@echo "make lint      formatting, lint and types"
 

@@ -15,14 +15,16 @@ from typing import Any
 import click
 
 from ..storage.errors import ColdpressError
+from .cli_server import SERVER_COMMANDS
 from .cli_store import STORE_COMMANDS
-from .command import answers_errors, open_store, store_option
-
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe: stages.pruned.sparsity=0.6"
-)
-only_option = click.option(
-    "--only", multiple=True, metavar="NAME", help="Only this stage, what it needs, and its evaluations."
+from .command import (
+    answers_errors,
+    device_option,
+    only_option,
+    open_store,
+    report_option,
+    set_option,
+    store_option,
 )
 
 
@@ -53,10 +55,8 @@ def main(verbose: bool) -> None:
 @set_option
 @only_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes CUDA where there is some."
-)
-@click.option("--report", "report_folder", metavar="DIR", help="Where the report goes. [default: reports/<recipe>]")
+@device_option
+@report_option
 @answers_errors
 def run(
     recipe: str,
@@ -72,7 +72,7 @@ def run(
 
     from ..tasks.reporting.report import write_report
     from .run import run_recipe
-    from .terminal import Terminal
+    from .terminal import Terminal, print_results
 
     checked = _recipe(recipe, overrides, only)
     with Terminal(Console(stderr=True)) as terminal:
@@ -83,33 +83,11 @@ def run(
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
-        _print_table(document)
+        print_results(document)
     if result.stopped_by is not None:
         click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
         sys.exit(128 + result.stopped_by)
     sys.exit(1 if result.failed else 0)
-
-
-def _print_table(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from ..tasks.reporting.report import COLUMNS, rows
-    from .terminal import MARKS
-
-    table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column.title, justify=column.justify)  # type: ignore[arg-type]
-    for row in rows(document):
-        table.add_row(*(escape(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if document["variants"]:
-        console.print(table)
-    states = [stage["state"] for stage in document["stages"]]
-    counts = ", ".join(f"{states.count(s)} {s}" for s in MARKS if s in states)
-    console.print(f"{len(states)} stages: {counts}", highlight=False)
-    console.print(f"report: {document['report']}", highlight=False, soft_wrap=True)
 
 
 @main.command()
@@ -226,7 +204,7 @@ def stages(name: str | None) -> None:
         click.echo("\ncoldpress stages NAME shows the parameters")
 
 
-for _command in STORE_COMMANDS:
+for _command in (*STORE_COMMANDS, *SERVER_COMMANDS):
     main.add_command(_command)
 
 

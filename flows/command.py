@@ -1,4 +1,4 @@
-"""What all commands share: how errors are answered, and which store they work on."""
+"""What all commands share: how errors are answered, which store they work on, and options that several take."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def answers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 store_option = click.option(
     "--store", "store_url", metavar="URL", help="Folder or fsspec URL. [default: $COLDPRESS_STORE or .coldpress]"
+)
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe: stages.pruned.sparsity=0.6"
+)
+only_option = click.option(
+    "--only", multiple=True, metavar="NAME", help="Only this stage, what it needs, and its evaluations."
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes CUDA where there is some."
+)
+report_option = click.option(
+    "--report", "report_folder", metavar="DIR", help="Where the report goes. [default: reports/<recipe>]"
 )
 
 

@@ -18,6 +18,7 @@ def provenance_markdown(node: Node, action: Action, state: str) -> str:
         ("key", f"`{action.key}`"),
         ("parameters", f"`{json.dumps(action.preimage['parameters'])}`"),
         *((f"input {role}", f"`{artifact}`") for role, artifact in action.preimage["inputs"].items()),
+        *([("attempt", provenance["attempt"])] if provenance.get("attempt", 1) > 1 else []),
         *([("resumed", resumed_from(action))] if "resumed" in provenance else []),
         ("computing took", f"{provenance.get('seconds', 0):.1f} s"),
         ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),

@@ -114,7 +114,11 @@ def _shipped() -> list[Any]:
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. `overrides` are `path.to.value=yaml`. Raises RecipeError with every problem found."""
-    path, text, folder = find_recipe(name)
+    return parse_recipe(*find_recipe(name), overrides)
+
+
+def parse_recipe(path: str, text: str, folder: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check the text of a recipe. `path` is how errors call it; `folder` is where its relative paths begin."""
     document = parse(text)
     problems = list(document.problems)
     for override in overrides:

@@ -15,10 +15,8 @@ import secrets
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
@@ -29,6 +27,7 @@ from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import Planned, check_disk, compare, prepare
+from .prefect_server import configure_prefect, reach_server, server_configured
 from .provenance import provenance_markdown, resumed_from
 from .recipe import Node, Recipe
 from .terminal import Pace, Terminal
@@ -64,6 +63,14 @@ class StageResult:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A flow run that is going on already: the id of the run, which all its attempts share, and which one this is."""
+
+    run: str
+    number: int
+
+
 @dataclass
 class RunResult:
     """All that a run did. metrics: variant -> metric -> value. stopped_by: the signal that asked it to stop."""
@@ -75,6 +82,7 @@ class RunResult:
     stages: dict[str, StageResult] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped_by: int | None = None
+    attempt: int = 1
 
     @property
     def failed(self) -> bool:
@@ -96,30 +104,47 @@ class RunResult:
         }
 
 
-def run_recipe(recipe: Recipe, store: Store, terminal: Terminal, *, device: str = "auto", slots: int = 1) -> RunResult:
-    """Check, plan and run a recipe; failed branches don't stop the others. Raises RecipeError before anything runs."""
+def new_run_id() -> str:
+    """Sorted by time, unique without asking anyone."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def run_recipe(
+    recipe: Recipe,
+    store: Store,
+    terminal: Terminal,
+    *,
+    device: str = "auto",
+    slots: int = 1,
+    within: Attempt | None = None,
+) -> RunResult:
+    """Check, plan and run a recipe; failed branches don't stop the others. Raises RecipeError before anything runs.
+
+    `within`: the flow run in which this is called, whose tasks the stages become; without it the run makes its own.
+    """
     plan = prepare(recipe, store)
     check_disk(plan, store)
-    # Sorted by time, unique without asking anyone.
-    run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    result = RunResult(run_id, recipe.name, store.url, recipe.variants)
+    attempt = within or Attempt(new_run_id(), 1)
+    result = RunResult(attempt.run, recipe.name, store.url, recipe.variants, attempt=attempt.number)
     for planned in plan.values():
         _record(result, planned.node, "pending", planned.action)
     _save(recipe, store, result)
     everything_cached = all(planned.action for planned in plan.values())
-    if everything_cached and not server_configured():
+    if everything_cached and within is None and not server_configured():
         for planned in plan.values():
             assert planned.action is not None
             _record(result, planned.node, "cached", planned.action)
             terminal.finish(planned.node.name, "cached", 0)
     else:
-        _run_on_prefect(recipe, store, terminal, plan, result, device=device, slots=slots)
+        _run_on_prefect(recipe, store, terminal, plan, result, device=device, slots=slots, within=within)
     for node in recipe.nodes:
         artifact = result.stages[node.name].artifact
         if artifact is not None:
             store.set_ref(f"{recipe.name}/{node.name}", artifact)
-    _save(recipe, store, result)
-    _collect_metrics(recipe, store, result)
+    try:
+        _collect_metrics(recipe, store, result)
+    finally:
+        _save(recipe, store, result)
     return result
 
 
@@ -127,23 +152,6 @@ def _save(recipe: Recipe, store: Store, result: RunResult) -> None:
     """Keep what is known of a run so far, so that it can be explained and gc keeps what it uses."""
     record = {**result.to_json(), "text": recipe.text, "path": recipe.path, "overrides": list(recipe.overrides)}
     store.save_run(result.run, record)
-
-
-def server_configured() -> bool:
-    """Whether PREFECT_API_URL is set, in the environment or in Prefect's active profile. Does not import Prefect."""
-    if os.environ.get("PREFECT_API_URL"):
-        return True
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
-    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
-    try:
-        profiles = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return False
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ColdpressError(f"Prefect's {path} can't be read: {error}") from error
-    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
-    settings = profiles.get("profiles", {}).get(name, {})
-    return bool(settings.get("PREFECT_API_URL"))
 
 
 def _record(result: RunResult, node: Node, state: str, action: Action | None) -> None:
@@ -172,19 +180,6 @@ def _collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
         result.metrics[variant] = values
 
 
-def _configure_prefect() -> None:
-    """Quiet, and nothing phones home. Must come before Prefect is imported."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    # Prefect's own lines stay off the terminal; they still reach the server.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    if not server_configured():
-        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-
-
 def _run_on_prefect(
     recipe: Recipe,
     store: Store,
@@ -194,17 +189,21 @@ def _run_on_prefect(
     *,
     device: str,
     slots: int,
+    within: Attempt | None,
 ) -> None:
     workers: list[Worker | InProcess] = []
     if not all(planned.action for planned in plan.values()):
         kind = InProcess if store.url.startswith("memory://") else Worker
         workers = [kind(device) for _ in range(slots)]  # their slow imports run while Prefect starts
     try:
-        _configure_prefect()
+        if within is not None:
+            _Execution(recipe, store, terminal, result, workers).run()
+            return
+        configure_prefect()
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-        _reach_server()
+        reach_server()
         execution = _Execution(recipe, store, terminal, result, workers)
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
@@ -222,28 +221,25 @@ def _run_on_prefect(
             worker.kill()
 
 
-def _reach_server() -> None:
-    """Raises ColdpressError when Prefect's server doesn't answer, or its temporary one doesn't start."""
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    try:
-        with get_client(sync_client=True) as client:
-            client.hello()
-    except (httpx.HTTPError, RuntimeError) as error:
-        if url := PREFECT_API_URL.value():
-            advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
-            raise ColdpressError(f"the Prefect server at {url} does not answer; {advice}") from error
-        raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
-
-
 def _task_runner(slots: int) -> Any:
     from prefect.task_runners import ThreadPoolTaskRunner
 
     # One thread a worker: what waits for a device shows as pending. Nodes are submitted in an order in which inputs
     # come first, so a full pool never waits for a queued node.
     return ThreadPoolTaskRunner(max_workers=slots)
+
+
+def end_state(result: RunResult) -> State[Any]:
+    """The state in which the flow run ends."""
+    from prefect.states import Completed, Crashed, Failed
+
+    done = ("cached", "computed", "resumed")
+    left = [name for name, entry in result.stages.items() if entry.state not in done]
+    if left and result.stopped_by is not None:
+        return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
+    if left:
+        return Failed(message=f"{len(left)} of {len(result.stages)} stages did not finish: {', '.join(left)}")
+    return Completed(message="all stages finished")
 
 
 class _Execution:
@@ -269,8 +265,11 @@ class _Execution:
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
         """The flow's body; its parameters are there to be seen on the dashboard."""
-        from prefect.states import Completed, Crashed, Failed
+        self.run()
+        return end_state(self.result)
 
+    def run(self) -> None:
+        """Submit all nodes to the task runner of the present flow run, and wait for them."""
         futures: dict[str, Any] = {}
         try:
             with self._heeding_signals():
@@ -279,13 +278,6 @@ class _Execution:
             for worker in self._workers:
                 worker.kill()
             raise
-        done = ("cached", "computed", "resumed")
-        left = [name for name, entry in self.result.stages.items() if entry.state not in done]
-        if left and self._stopping:
-            return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
-        if left:
-            return Failed(message=f"{len(left)} of {len(self.recipe.nodes)} stages did not finish: {', '.join(left)}")
-        return Completed(message="all stages finished")
 
     def _run_all(self, futures: dict[str, Any]) -> None:
         for node in self.recipe.nodes:
@@ -322,7 +314,7 @@ class _Execution:
             with self._condition:
                 self._condition.notify_all()
 
-        grace = _grace_seconds()
+        grace = grace_seconds()
         timer = threading.Timer(grace, lambda: [worker.kill() for worker in self._workers])
         timer.daemon = True
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -451,7 +443,12 @@ class _Execution:
             heartbeat.doing = pace.describe(what, done, total)
             shown.update(100.0 * done / total, heartbeat.doing)
 
-        context = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name}
+        context = {
+            "run": self.result.run,
+            "attempt": self.result.attempt,
+            "recipe": self.recipe.name,
+            "node": node.name,
+        }
         worker = self._take_worker()
         try:
             return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
@@ -484,7 +481,7 @@ class _Execution:
 
         create_markdown_artifact(
             markdown=provenance_markdown(node, action, state),
-            key=_slug(f"{self.recipe.name}-{node.name}"),
+            key=artifact_key(f"{self.recipe.name}-{node.name}"),
             description=f"{node.name} ({state})",
         )
 
@@ -493,7 +490,7 @@ class _ProgressArtifact:
     """A stage's progress on the dashboard."""
 
     def __init__(self, recipe: str, node: str) -> None:
-        self._key = _slug(f"{recipe}-{node}-progress")
+        self._key = artifact_key(f"{recipe}-{node}-progress")
         self._node = node
         self._id: Any = None
         self._described = ""
@@ -513,7 +510,7 @@ class _ProgressArtifact:
             self.update(0.0, text)
 
 
-def _grace_seconds() -> float:
+def grace_seconds() -> float:
     """How long stages may take to stop: $COLDPRESS_GRACE_SECONDS, 20 by default."""
     text = os.environ.get("COLDPRESS_GRACE_SECONDS", "20")
     try:
@@ -526,7 +523,7 @@ def _with_line(recipe: Recipe, node: Node, error: Exception) -> str:
     return f"{error} ({recipe.path}:{node.line})" if node.line else str(error)
 
 
-def _slug(text: str) -> str:
-    """A Prefect artifact key: small letters, digits and dashes."""
+def artifact_key(text: str) -> str:
+    """The text as a Prefect artifact key: small letters, digits and dashes."""
     kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())
     return "-".join(part for part in kept.split("-") if part)

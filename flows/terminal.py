@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 MARKS = {
     "cached": "[cyan]=[/]", "computed": "[green]+[/]", "resumed": "[green]+[/]",
@@ -108,3 +112,21 @@ class Terminal:
             took = f" in {seconds:.1f} s" if state in ("computed", "resumed") else ""
             words = f": {escape(detail)}" if detail else ""
             self.say(f"{MARKS[state]} [bold]{escape(stage)}[/] {state}{took}{words}")
+
+
+def print_results(document: Mapping[str, Any]) -> None:
+    """The table of `run`, on standard output; `document` is that of `run --json`, with the report's path."""
+    from ..tasks.reporting.report import COLUMNS, rows
+
+    table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column.title, justify=column.justify)  # type: ignore[arg-type]
+    for row in rows(document):
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if document["variants"]:
+        console.print(table)
+    states = [stage["state"] for stage in document["stages"]]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in MARKS if s in states)
+    console.print(f"{len(states)} stages: {counts}", highlight=False)
+    console.print(f"report: {document['report']}", highlight=False, soft_wrap=True)

@@ -2,7 +2,8 @@
 
 `python -m coldpress.flows.worker` reads one JSON request a line from standard input and answers with JSON lines: any
 number of `{"progress": …}`, then `{"done": …}`, `{"error": …}`, or the message of one of `_OUTCOMES`. `Worker` is the
-other end. What libraries print goes to standard error, which `Worker` passes on to the log.
+other end. What libraries print goes to standard error, which `Worker` passes on to the log. When the other end dies,
+even by `kill -9`, the process ends at once, in the middle of a stage too: its journal has what was committed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import collections
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -184,7 +186,17 @@ def _answer(stream: Any, **message: Any) -> None:
     stream.flush()
 
 
+def _end_with_parent() -> None:
+    """End this process when the other end of standard input is gone; the parent writes there as long as it lives."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), 0)  # asks for nothing but what is always told: POLLHUP
+    poll.poll()
+    os._exit(1)
+
+
 def _serve(device: str) -> None:
+    # Before anything slow: the parent may die while torch is imported.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Answers get a descriptor of their own; whatever else is printed goes to standard error.

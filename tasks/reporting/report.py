@@ -64,7 +64,7 @@ def write_report(document: Mapping[str, Any], folder: str) -> str:
     """Write report.html, .md, .csv and .json into `folder`; returns the path of the HTML page."""
     contents = {
         "report.html": _html(document),
-        "report.md": _markdown(document),
+        "report.md": markdown_table(document),
         "report.csv": _csv(document),
         "report.json": json.dumps(document, indent=2) + "\n",
     }
@@ -80,7 +80,8 @@ def write_report(document: Mapping[str, Any], folder: str) -> str:
     return os.path.abspath(os.path.join(folder, "report.html"))
 
 
-def _markdown(document: Mapping[str, Any]) -> str:
+def markdown_table(document: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table."""
     titles = [column.title for column in COLUMNS]
     rules = ["---" if column.justify == "left" else "---:" for column in COLUMNS]
     lines = [titles, rules, *rows(document)]

@@ -48,9 +48,9 @@ def change(tiny_recipe: Path) -> Callable[[str, str], Path]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server of the tests' own, on a temporary data base."""
-    from coldpress.flows.run import _configure_prefect
+    from coldpress.flows.prefect_server import configure_prefect
 
-    _configure_prefect()
+    configure_prefect()
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):

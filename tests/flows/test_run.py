@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldpress.flows.prefect_server import server_configured
 from coldpress.flows.recipe import load_recipe
-from coldpress.flows.run import RunResult, run_recipe, server_configured
+from coldpress.flows.run import RunResult, run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store

@@ -1,0 +1,92 @@
+"""The commands that need a Prefect server: `up` starts one with a worker, `submit` sends it recipes.
+
+Its imports are inside the functions, as in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from .command import (
+    answers_errors,
+    device_option,
+    only_option,
+    open_store,
+    report_option,
+    set_option,
+    store_option,
+)
+
+pool_option = click.option("--pool", default="coldpress", show_default=True, metavar="NAME", help="The work pool.")
+
+
+@click.command("up")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65535))
+@pool_option
+@click.option("--limit", default=1, show_default=True, type=click.IntRange(1), help="How many runs at the same time.")
+@click.option(
+    "--heartbeat",
+    default=30,
+    show_default=True,
+    type=click.IntRange(30),
+    help="Seconds between a run's signs of life. Without three of them it counts as dead.",
+)
+@click.option("--no-server", is_flag=True, help="Only a worker, for the server at PREFECT_API_URL.")
+@answers_errors
+def up_command(host: str, port: int, pool: str, limit: int, heartbeat: int, no_server: bool) -> None:
+    """Start a Prefect server, a work pool and a worker; recipes sent with `submit` survive crashes."""
+    from .up import Options, up
+
+    up(Options(host, port, pool, limit, heartbeat, not no_server), click.echo)
+
+
+@click.command("submit")
+@click.argument("recipe")
+@store_option
+@set_option
+@only_option
+@pool_option
+@device_option
+@click.option("--wait", is_flag=True, help="Follow the run; exit as `run` would.")
+@report_option
+@answers_errors
+def submit_command(
+    recipe: str,
+    store_url: str | None,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    pool: str,
+    device: str,
+    wait: bool,
+    report_folder: str | None,
+) -> None:
+    """Send RECIPE to the server at PREFECT_API_URL, where a worker runs it, again if need be."""
+    from .submit import follow, record_of, submit
+
+    store = open_store(store_url)
+    submitted = submit(recipe, store, overrides=overrides, only=only, pool=pool, device=device)
+    click.echo(f"run {submitted.run}, on the server {submitted.id}")
+    if submitted.url:
+        click.echo(submitted.url)
+    if not wait:
+        return
+    try:
+        ended = follow(submitted, lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        click.echo("the run goes on without being watched", err=True)
+        sys.exit(130)
+    document = record_of(store, submitted.run)
+    if document is not None:
+        from ..tasks.reporting.report import write_report
+        from .terminal import print_results
+
+        document["report"] = write_report(document, report_folder or os.path.join("reports", document["recipe"]))
+        print_results(document)
+    sys.exit(0 if ended == "Completed" else 1)
+
+
+SERVER_COMMANDS = (up_command, submit_command)

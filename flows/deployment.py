@@ -1,0 +1,197 @@
+"""What a Prefect server has to know for `coldpress submit`: work pool, deployment, and the automations that resume.
+
+All are found by name and made, or changed where they differ. An automation that is right is left alone: changing it
+would make Prefect forget the heartbeats it waits for, and with them the runs that died with the machine.
+
+Prefect evaluates an event for one automation after the other, on SQLite in transactions that fail when the first one's
+action writes meanwhile, and gives the event up after five times. So no other automation listens to what the first one
+acts on, and `reschedule_forgotten` looks after those of which the event was lost all the same.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.events import AutomationCore
+
+FLOW = "coldpress"
+POOL = "coldpress"
+ENTRYPOINT = "coldpress.flows.submitted.recipe_run"
+MAX_ATTEMPTS = 20
+HEARTBEAT_SECONDS = 30  # Prefect's least
+MISSED_HEARTBEATS = 3
+SECONDS_TO_START = 120
+SECONDS_UNTIL_FORGOTTEN = 20
+GOES_ON = "goes on from what it has finished"
+
+_JOB_VARIABLES = {
+    # Prefect's own command is a process that starts another; killing the first would leave the second.
+    "command": "python -m prefect.engine",
+    # Through a pipe to the worker, which breaks with it: the next line of the log would end the run. The lines reach
+    # the dashboard all the same.
+    "stream_output": False,
+}
+_CRASHED = ("Crashed", "Pre-empted")
+
+
+def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:
+    """Make sure of the work pool, the deployment `coldpress/<pool>` and the automations. Does nothing twice."""
+    _ensure_pool(client, pool)
+    flow_id = client.create_flow_from_name(FLOW)
+    _ensure_deployment(client, flow_id, pool)
+    for automation in automations(flow_id, heartbeat):
+        _ensure_automation(client, automation)
+
+
+def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+
+
+def _ensure_deployment(client: SyncPrefectClient, flow_id: UUID, pool: str) -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    from .submitted import recipe_run
+
+    client.create_deployment(
+        flow_id,
+        name=pool,
+        work_pool_name=pool,
+        entrypoint=ENTRYPOINT,
+        description="Runs recipes sent with `coldpress submit`, and goes on with them after a crash.",
+        job_variables=_JOB_VARIABLES,
+        parameter_openapi_schema=parameter_schema(recipe_run).model_dump_for_openapi(),
+        enforce_parameter_schema=True,
+    )
+
+
+def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
+    """Crashed runs are scheduled again, silent and stuck ones are Crashed, hopeless ones are given up."""
+    from prefect.events import AutomationCore
+
+    silence = MISSED_HEARTBEATS * heartbeat
+    return [
+        AutomationCore(
+            name="coldpress: a crashed run is scheduled again",
+            description="A run that was killed, or pre-empted, goes on from what it has finished.",
+            trigger=_trigger(flow_id, expect=_events(*_CRASHED)),
+            actions=[_change("SCHEDULED", GOES_ON, name="AwaitingRetry")],
+        ),
+        AutomationCore(
+            name="coldpress: a silent run has crashed",
+            description="A run died together with its worker when no heartbeat comes.",
+            trigger=_trigger(
+                flow_id,
+                after=_events("Running", "heartbeat"),
+                expect=_events("Running", "heartbeat", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                absent_for=silence,
+            ),
+            actions=[_change("CRASHED", f"no heartbeat for {silence} seconds")],
+        ),
+        AutomationCore(
+            name="coldpress: a run that does not start has crashed",
+            description="A run's worker died after taking it and before starting it.",
+            trigger=_trigger(
+                flow_id,
+                after=_events("Pending"),
+                expect=_events("Running", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                absent_for=SECONDS_TO_START,
+            ),
+            actions=[_change("CRASHED", f"not started in {SECONDS_TO_START} seconds")],
+        ),
+        AutomationCore(
+            name="coldpress: a run that crashes again and again is given up",
+            description="So that a worker on which nothing can start does not try for ever.",
+            trigger=_trigger(flow_id, expect=_events("AwaitingRetry"), threshold=MAX_ATTEMPTS, within=3600),
+            actions=[_change("FAILED", f"given up: it crashed {MAX_ATTEMPTS} times within an hour")],
+        ),
+    ]
+
+
+def _events(*names: str) -> set[str]:
+    return {f"prefect.flow-run.{name}" for name in names}
+
+
+def _change(state: str, message: str, name: str | None = None) -> Any:
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+
+    return ChangeFlowRunState(state=StateType(state), name=name, message=message, force=False)
+
+
+def _trigger(
+    flow_id: UUID,
+    *,
+    expect: set[str],
+    after: set[str] | None = None,
+    absent_for: int | None = None,
+    threshold: int = 1,
+    within: int = 0,
+) -> Any:
+    """A trigger on each of our runs by itself: on events that come, or (absent_for) that don't come for so long."""
+    from prefect.events import EventTrigger, ResourceSpecification
+    from prefect.events.schemas.automations import Posture
+
+    return EventTrigger(
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=ResourceSpecification(
+            {"prefect.resource.id": f"prefect.flow.{flow_id}", "prefect.resource.role": "flow"}
+        ),
+        for_each={"prefect.resource.id"},
+        after=after or set(),
+        expect=expect,
+        posture=Posture.Reactive if absent_for is None else Posture.Proactive,
+        threshold=threshold,
+        within=timedelta(seconds=within if absent_for is None else absent_for),
+    )
+
+
+def _ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+    found = client.read_automations_by_name(wanted.name)
+    if not found:
+        client.create_automation(wanted)
+        return
+    first, *doubles = found
+    if _content(first) != _content(wanted):
+        client.update_automation(first.id, wanted)
+    for double in doubles:
+        client.delete_automation(double.id)
+
+
+def _content(automation: AutomationCore) -> Any:
+    """What is compared. Whether it is enabled is the user's."""
+    content = automation.model_dump(mode="json", include={"name", "description", "trigger", "actions"})
+    for key in ("after", "expect", "for_each"):
+        content["trigger"][key] = sorted(content["trigger"][key])
+    content["trigger"].pop("id", None)
+    return content
+
+
+def reschedule_forgotten(client: SyncPrefectClient) -> None:
+    """Schedule runs that have been Crashed for a while: no automation seems to have seen it."""
+    from prefect.client.schemas.filters import (
+        FlowFilter,
+        FlowFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateName,
+    )
+    from prefect.states import AwaitingRetry
+
+    crashed = FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(any_=list(_CRASHED))))
+    ours = FlowFilter(name=FlowFilterName(any_=[FLOW]))
+    for flow_run in client.read_flow_runs(flow_filter=ours, flow_run_filter=crashed):
+        if flow_run.deployment_id is None or flow_run.state is None:
+            continue
+        if datetime.now(UTC) - flow_run.state.timestamp > timedelta(seconds=SECONDS_UNTIL_FORGOTTEN):
+            client.set_flow_run_state(flow_run.id, AwaitingRetry(message=GOES_ON))

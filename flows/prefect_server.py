@@ -1,0 +1,58 @@
+"""Prefect's server: whether one is configured, whether it answers, and Prefect's settings for a quiet client.
+
+Importing this module does not import Prefect.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+from ..storage.errors import ColdpressError
+
+
+def server_configured() -> bool:
+    """Whether PREFECT_API_URL is set, in the environment or in Prefect's active profile. Does not import Prefect."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    try:
+        profiles = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ColdpressError(f"Prefect's {path} can't be read: {error}") from error
+    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
+    settings = profiles.get("profiles", {}).get(name, {})
+    return bool(settings.get("PREFECT_API_URL"))
+
+
+def configure_prefect() -> None:
+    """Quiet, and nothing phones home. Must come before Prefect is imported."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    # Prefect's own lines stay off the terminal; they still reach the server.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if not server_configured():
+        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+
+
+def reach_server() -> None:
+    """Raises ColdpressError when Prefect's server doesn't answer, or its temporary one doesn't start."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.hello()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if url := PREFECT_API_URL.value():
+            advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
+            raise ColdpressError(f"the Prefect server at {url} does not answer; {advice}") from error
+        raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error

@@ -1,0 +1,130 @@
+"""`coldpress submit`: a checked recipe becomes a flow run of the deployment, and perhaps is followed to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..storage.errors import ColdpressError
+from ..storage.store import Store
+from .deployment import FLOW
+from .plan import prepare
+from .prefect_server import configure_prefect, reach_server, server_configured
+from .recipe import find_recipe, parse_recipe
+from .run import new_run_id
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun
+
+_SECONDS_OF_SILENCE = 120.0  # so long the server may be away while a run is followed
+_SECONDS_TO_RESCHEDULE = 60.0
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that the server has. run: its id in the store. id: its id on the server."""
+
+    run: str
+    id: UUID
+    url: str | None
+
+
+def submit(
+    name: str, store: Store, *, overrides: Sequence[str], only: Sequence[str], pool: str, device: str
+) -> Submitted:
+    """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError."""
+    path, text, folder = find_recipe(name)
+    recipe = parse_recipe(path, text, folder, overrides)
+    recipe = recipe.only(only) if only else recipe
+    prepare(recipe, store)
+    if store.url.startswith("memory://"):
+        raise ColdpressError("only one process sees a memory:// store; a worker needs a folder or a URL")
+    if not server_configured():
+        raise ColdpressError(
+            "PREFECT_API_URL is not set: `coldpress up` starts a server and a worker and says what to set"
+        )
+    configure_prefect()
+    reach_server()
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.utilities.urls import url_for
+
+    run = new_run_id()
+    parameters = {
+        "text": text,
+        "store": store.url,
+        "recipe": path,
+        "folder": folder,
+        "overrides": list(overrides),
+        "only": list(only),
+        "device": device,
+        "run": run,
+    }
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")
+        except ObjectNotFound as error:
+            option = f" --pool {pool}" if pool != FLOW else ""
+            raise ColdpressError(
+                f"the Prefect server has no deployment {FLOW}/{pool}; `coldpress up{option}` makes it "
+                f"(with --no-server on a server that runs already)"
+            ) from error
+        flow_run = client.create_flow_run_from_deployment(
+            deployment.id, parameters=parameters, name=f"{recipe.name} {run}", tags=[recipe.name]
+        )
+    return Submitted(run, flow_run.id, url_for(flow_run))
+
+
+def follow(submitted: Submitted, say: Callable[[str], None]) -> str:
+    """Wait until a run is done, naming each change of its state; returns the last one's name."""
+    shown: Any = None
+    crashed_at: float | None = None
+    for flow_run in _looks(submitted.id):
+        state = flow_run.state
+        if state is None:
+            continue
+        if (state.id, state.name) != shown:
+            shown = (state.id, state.name)
+            attempt = f", attempt {flow_run.run_count}" if flow_run.run_count > 1 else ""
+            say(f"{time.strftime('%H:%M:%S')} {state.name}{attempt}{': ' + state.message if state.message else ''}")
+        if not state.is_crashed():
+            crashed_at = None
+        elif crashed_at is None:
+            crashed_at = time.monotonic()
+        if state.is_completed() or state.is_failed() or state.is_cancelled():
+            break
+        if crashed_at is not None and time.monotonic() - crashed_at > _SECONDS_TO_RESCHEDULE:
+            raise ColdpressError(
+                "the run crashed and was not scheduled again: are the server's automations switched off?"
+            )
+    return str(state.name) if state else "Unknown"
+
+
+def _looks(id: UUID) -> Iterator[FlowRun]:
+    """The flow run once a second."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    answered = time.monotonic()
+    with get_client(sync_client=True) as client:
+        while True:
+            try:
+                flow_run = client.read_flow_run(id)
+            except httpx.HTTPError as error:
+                if time.monotonic() - answered > _SECONDS_OF_SILENCE:
+                    silence = f"{_SECONDS_OF_SILENCE:.0f} seconds"
+                    raise ColdpressError(f"the Prefect server has not answered for {silence}") from error
+            else:
+                answered = time.monotonic()
+                yield flow_run
+            time.sleep(1)
+
+
+def record_of(store: Store, run: str) -> dict[str, Any] | None:
+    """What the run left in the store: the document of `run --json`, if it can be read here."""
+    record = store.runs().get(run)
+    return record and {key: record[key] for key in ("run", "recipe", "store", "stages", "variants", "metrics")}

@@ -1,0 +1,174 @@
+"""The flow that a Prefect worker starts for `coldpress submit`: one flow run, however often its process dies.
+
+A recipe travels as text. Each attempt runs it from the beginning, finds in the store what earlier attempts finished
+and in its journals what they had begun. How an attempt ends decides what comes next (`deployment.py`): Crashed, which
+"Pre-empted" is too, is scheduled again; Completed, Failed and Cancelled stay.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from typing import Any, NoReturn, cast
+
+import prefect
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import FlowRunContext
+from prefect.exceptions import Abort
+from prefect.states import Cancelled, Crashed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from rich.console import Console
+from rich.text import Text
+
+from ..storage.errors import ColdpressError
+from ..storage.store import Store
+from ..tasks.reporting.report import markdown_table
+from .deployment import FLOW, MAX_ATTEMPTS
+from .recipe import Recipe, parse_recipe
+from .run import Attempt, RunResult, artifact_key, end_state, grace_seconds, run_recipe
+from .terminal import Terminal
+
+_SECONDS_TO_REPORT = 15.0
+
+
+@prefect.flow(
+    name=FLOW,
+    task_runner=cast("TaskRunner[Any]", ThreadPoolTaskRunner(max_workers=1)),
+    persist_result=False,
+    retries=0,
+)
+def recipe_run(
+    text: str,
+    store: str,
+    recipe: str = "recipe.yaml",
+    folder: str = "/",
+    overrides: list[str] = [],  # noqa: B006 (Prefect shows it as the default)
+    only: list[str] = [],  # noqa: B006
+    device: str = "auto",
+    run: str = "",
+) -> State[Any]:
+    """Run a recipe. text: its YAML. recipe: how it is called in errors. folder: where its relative paths begin.
+
+    store: an absolute folder or an fsspec URL. run: the run's id; without one the flow run's own.
+    """
+    flow_run = _present_flow_run()
+    cap = max_attempts()
+    if flow_run.run_count > cap:
+        return Failed(message=f"given up after {cap} attempts; `coldpress submit` goes on from what they have done")
+    if flow_run.run_count > 1:
+        close_dead_task_runs(flow_run)
+    checked = parse_recipe(recipe, text, folder, overrides)
+    if only:
+        checked = checked.only(only)
+    attempt = Attempt(run or str(flow_run.id), flow_run.run_count)
+    _end_when_orphaned()
+    result = run_recipe(checked, Store(store), _LoggingTerminal(), device=device, within=attempt)
+    _show_report(checked, result)
+    if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]
+        _end_quietly(Cancelled(message="cancelled; all finished work is kept"))
+    elif result.stopped_by is not None:
+        _end_quietly(end_state(result))
+    return end_state(result)
+
+
+def _end_quietly(state: State[Any]) -> NoReturn:
+    """End the flow run in a state that was asked for; returned to Prefect it would be logged with a traceback."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(_present_flow_run().id, state)
+    raise Abort(str(state.message))
+
+
+def max_attempts() -> int:
+    """How often a run may be started: $COLDPRESS_MAX_ATTEMPTS, 20 by default."""
+    text = os.environ.get("COLDPRESS_MAX_ATTEMPTS", str(MAX_ATTEMPTS))
+    if not text.isdecimal() or int(text) < 1:
+        raise ColdpressError(f"COLDPRESS_MAX_ATTEMPTS is {text!r}; write a number from 1 up")
+    return int(text)
+
+
+def _present_flow_run() -> FlowRun:
+    """The flow run as the server has it now; the context's copy is as old as the process."""
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(context.flow_run.id)
+
+
+def close_dead_task_runs(flow_run: FlowRun) -> None:
+    """Task runs of earlier attempts that still say Running or Pending died with their process: set them Crashed."""
+    unfinished = TaskRunFilter(
+        state=TaskRunFilterState(
+            type=TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
+        )
+    )
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+    with get_client(sync_client=True) as client:
+        for task_run in client.read_task_runs(flow_run_filter=mine, task_run_filter=unfinished):
+            _close(client, task_run.id)
+
+
+def _close(client: SyncPrefectClient, task_run: Any) -> None:
+    client.set_task_run_state(task_run, Crashed(message="its process died; the next attempt goes on"), force=True)
+
+
+def _end_when_orphaned() -> None:
+    """When the worker that started this process dies, ask the run to stop: nobody could cancel it any more.
+
+    Only while the run heeds signals; before and after, Prefect would take SIGTERM for a crash. And not for ever: with
+    the server gone too, Prefect would try for minutes to reach it.
+    """
+    parent, prefects = os.getppid(), signal.getsignal(signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        deadline = time.monotonic() + grace_seconds() + _SECONDS_TO_REPORT
+        asked = False
+        while time.monotonic() < deadline:
+            if not asked and signal.getsignal(signal.SIGTERM) is not prefects:
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _LoggingTerminal(Terminal):
+    """What the terminal would show, as lines in the run's log on the dashboard."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()))
+        self._logger = prefect.get_run_logger()
+
+    def say(self, text: str) -> None:
+        self._logger.info(Text.from_markup(text).plain)
+
+
+def _show_report(recipe: Recipe, result: RunResult) -> None:
+    """The comparison table as an artifact of the flow run."""
+    if not recipe.variants:
+        return
+    document = result.to_json()
+    lines = [
+        f"### {recipe.name}",
+        "",
+        markdown_table(document),
+        f"run `{result.run}`, attempt {result.attempt}, store `{result.store}`",
+    ]
+    create_markdown_artifact(
+        markdown="\n".join(lines), key=artifact_key(f"{recipe.name}-report"), description=f"report of {recipe.name}"
+    )
