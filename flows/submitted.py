@@ -36,8 +36,10 @@ from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from ..tasks.reporting.report import markdown_table
 from .deployment import FLOW, MAX_ATTEMPTS
+from .execution import artifact_key, grace_seconds
 from .recipe import Recipe, parse_recipe
-from .run import Attempt, RunResult, artifact_key, end_state, grace_seconds, run_recipe
+from .result import RunResult, end_state
+from .run import Attempt, run_recipe
 from .terminal import Terminal
 
 _SECONDS_TO_REPORT = 15.0

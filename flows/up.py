@@ -23,12 +23,11 @@ import httpx
 
 from ..storage.errors import ColdpressError
 from .deployment import prepare_server, reschedule_forgotten
-from .run import grace_seconds
+from .execution import grace_seconds
 
 Say = Callable[[str], None]
 
 _SECONDS_TO_START = 120.0
-_SECONDS_BETWEEN_LOOKS = 10.0
 _SECONDS_BETWEEN_LOOKS = 10.0
 _LONGEST_PAUSE = 60.0
 _LASTING = 60.0  # a child that lived so long has started well: the next pause is short again

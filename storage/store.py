@@ -270,11 +270,8 @@ class Store:
 
     def delete_ref(self, name: str) -> None:
         """Forget a name; what it points at stays until gc. Raises StoreError if there is none."""
-        try:
-            self.files.delete(f"refs/{_inside(name)}.json")
-        except FileNotFoundError as error:
-            raise StoreError(f"nothing in {self.url} is called '{name}'; `coldpress ls` shows what is there") from error
-        self.files.sync()
+        if not self._delete(f"refs/{_inside(name)}.json"):
+            raise StoreError(f"nothing in {self.url} is called '{name}'; `coldpress ls` shows what is there")
 
     def pin(self, artifact: Artifact) -> None:
         """Have gc keep an artifact whatever its names point at later."""
@@ -283,11 +280,17 @@ class Store:
 
     def unpin(self, artifact: Artifact) -> None:
         """The inverse of `pin`. Raises StoreError if it isn't pinned."""
-        try:
-            self.files.delete(f"pins/{artifact.id}")
-        except FileNotFoundError as error:
-            raise StoreError(f"artifact {artifact.short} is not pinned") from error
+        if not self._delete(f"pins/{artifact.id}"):
+            raise StoreError(f"artifact {artifact.short} is not pinned")
+
+    def _delete(self, path: str) -> bool:
+        """False if the file isn't there, which not every kind of store says by itself."""
+        if self.files.size(path) is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            self.files.delete(path)
         self.files.sync()
+        return True
 
     def pins(self) -> set[str]:
         """The ids of pinned artifacts."""

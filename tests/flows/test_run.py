@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from coldpress.flows.prefect_server import server_configured
 from coldpress.flows.recipe import load_recipe
-from coldpress.flows.run import RunResult, run_recipe
+from coldpress.flows.result import RunResult
+from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store

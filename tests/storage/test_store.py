@@ -737,3 +737,18 @@ def test_what_builds_on_the_unsynced_work_of_another_writer_survives_a_power_cut
     recorded = store.record(action(publish(store)))
     for tree in late_power_cuts(recording):
         assert state(after_power_cut(tree), recorded) == "hit"
+
+
+def test_names_and_pins_are_taken_away_once(store: Store) -> None:
+    artifact = publish(store)
+    store.set_ref("demo/pruned", artifact)
+    store.pin(artifact)
+    assert store.pins() == {artifact.id}
+    store.delete_ref("demo/pruned")
+    store.unpin(artifact)
+    assert (store.refs(), store.pins()) == ({}, set())
+    with pytest.raises(StoreError, match="nothing in .* is called 'demo/pruned'"):
+        store.delete_ref("demo/pruned")
+    with pytest.raises(StoreError, match="is not pinned"):
+        store.unpin(artifact)
+    assert store.holds(artifact)

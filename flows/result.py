@@ -1,0 +1,94 @@
+"""What a run did: how each of its stages ended, the figures of its variants, and the record that the store keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..storage.artifacts import Artifact
+from ..storage.store import Action, Store
+from .recipe import Node, Recipe
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+PREEMPTED = "Pre-empted"  # the name of the Prefect state
+DONE = ("cached", "computed", "resumed")
+
+
+@dataclass
+class StageResult:
+    """How a node ended.
+
+    state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
+    its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
+    died before it did).
+    """
+
+    name: str
+    stage: str
+    state: str
+    key: str | None = None
+    artifact: Artifact | None = None
+    seconds: float | None = None  # of computing it, now or when it was computed
+    peak_memory_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass
+class RunResult:
+    """All that a run did. metrics: variant -> metric -> value. stopped_by: the signal that asked it to stop."""
+
+    run: str
+    recipe: str
+    store: str
+    variants: tuple[str, ...]
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped_by: int | None = None
+    attempt: int = 1
+
+    @property
+    def failed(self) -> bool:
+        return any(result.state in ("failed", "skipped") for result in self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `run --json`."""
+        stages = [
+            {**vars(result), "artifact": result.artifact.id if result.artifact else None}
+            for result in self.stages.values()
+        ]
+        return {
+            "run": self.run,
+            "recipe": self.recipe,
+            "store": self.store,
+            "stages": stages,
+            "variants": list(self.variants),
+            "metrics": self.metrics,
+        }
+
+    def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:
+        """Note how a node ended, with what its action says of it."""
+        self.stages[node.name] = entry = StageResult(node.name, node.stage.name, state, error=error)
+        if action is not None:
+            entry.key, entry.artifact = action.key, action.artifact
+            entry.seconds = action.provenance.get("seconds")
+            entry.peak_memory_bytes = action.provenance.get("peak_memory_bytes")
+
+
+def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:
+    """Keep what is known of a run so far, so that it can be explained and gc keeps what it uses."""
+    record = {**result.to_json(), "text": recipe.text, "path": recipe.path, "overrides": list(recipe.overrides)}
+    store.save_run(result.run, record)
+
+
+def end_state(result: RunResult) -> State[Any]:
+    """The state in which the flow run ends."""
+    from prefect.states import Completed, Crashed, Failed
+
+    left = [name for name, entry in result.stages.items() if entry.state not in DONE]
+    if left and result.stopped_by is not None:
+        return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
+    if left:
+        return Failed(message=f"{len(left)} of {len(result.stages)} stages did not finish: {', '.join(left)}")
+    return Completed(message="all stages finished")
