@@ -747,7 +747,7 @@ def test_names_and_pins_are_taken_away_once(store: Store) -> None:
     store.delete_ref("demo/pruned")
     store.unpin(artifact)
     assert (store.refs(), store.pins()) == ({}, set())
-    with pytest.raises(StoreError, match="nothing in .* is called 'demo/pruned'"):
+    with pytest.raises(StoreError, match=r"nothing in .* is called 'demo/pruned'"):
         store.delete_ref("demo/pruned")
     with pytest.raises(StoreError, match="is not pinned"):
         store.unpin(artifact)
