@@ -118,7 +118,9 @@ class Execution:
         finally:
             timer.cancel()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # What stops has little left to do, and Prefect would take one more SIGTERM for a crash.
+                late = self._stopping and number == signal.SIGTERM
+                signal.signal(number, signal.SIG_IGN if late else handler)
 
     def _task(self, node: Node) -> Task[Any, Any]:
         import prefect
