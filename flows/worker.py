@@ -206,7 +206,10 @@ def _serve(device: str) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.backends.cuda.matmul.allow_tf32 = False
-    import transformers  # noqa: F401 (the slow import, done while the server starts)
+    # The slow imports of stages, done while the server starts.
+    import accelerate  # noqa: F401
+    import transformers.modeling_layers
+    import transformers.models.auto.modeling_auto  # noqa: F401
 
     device = _resolve_device(device)
     stores: dict[str, Store] = {}

@@ -25,13 +25,14 @@ stages:
 """
 
 
-def environment(home: str, **more: str) -> dict[str, str]:
-    """As a user with that home has it, without the settings of whoever runs the tests."""
+def environment(home: str, **more: str | None) -> dict[str, str]:
+    """As a user with that home has it, without the settings of whoever runs the tests. None takes a variable out."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "COLDPRESS_"))}
-    return {**kept, "HOME": home, "PREFECT_HOME": f"{home}/prefect", **more}
+    wanted = {**kept, "HOME": home, "PREFECT_HOME": f"{home}/prefect", **more}
+    return {key: value for key, value in wanted.items() if value is not None}
 
 
-def start(recipe: Path, store: str, *options: str, **more: str) -> subprocess.Popen[str]:
+def start(recipe: Path, store: str, *options: str, **more: str | None) -> subprocess.Popen[str]:
     """`coldpress run` in a process of its own; `more` goes into its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "coldpress.flows.cli", "run", str(recipe), "--store", store, "--json", *options],

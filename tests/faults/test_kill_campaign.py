@@ -65,8 +65,8 @@ def test_killed_runs_lose_at_most_a_block_each(server: str, tmp_path: Path, caps
 
     def begin(store: str, *more: str) -> subprocess.Popen[str]:
         # Not as the other tests: torch takes all cores, as it does for users.
-        threads = str(os.cpu_count() or 1)
-        return start(recipe, store, *more, PREFECT_API_URL=server, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+        usual = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY"])
+        return start(recipe, store, *more, PREFECT_API_URL=server, **usual)
 
     sources = str(tmp_path / "sources")
     finish(begin(sources, "--only", "base", "--only", "calibration"))
