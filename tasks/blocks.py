@@ -42,6 +42,13 @@ class Block:
     masks: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
 
+    def by_input(self) -> list[list[str]]:
+        """The block's weights, those that read the same input together."""
+        groups: dict[str, list[str]] = {}
+        for name, linear in self.linears.items():
+            groups.setdefault(linear.reads, []).append(name)
+        return list(groups.values())
+
 
 @dataclass(frozen=True)
 class Change:
@@ -178,25 +185,27 @@ def run_blocks(
         stored = model.stored(index)
         prefix = model.family.block_prefix(index)
         linears = model.linears(index)
-        statistics: dict[str, Any] = {}
-        if skeleton is not None and hidden is not None and statistic is not None:
-            dense = _relative(model.unpack(stored, dtype), prefix)
-            try:
+        try:
+            statistics: dict[str, Any] = {}
+            if skeleton is not None and hidden is not None and statistic is not None:
+                dense = _relative(model.unpack(stored, dtype), prefix)
                 statistics = gather_statistics(skeleton, index, dense, hidden, linears, statistic, run.stop_if_asked)
-            except Preempted:
+                del dense
+            block = Block(
+                index=index,
+                prefix=prefix,
+                weights={name: stored[name].to(run.device) for name in linears},
+                statistics=statistics,
+                masks={n: mask.to(run.device) for n, mask in model.reader.masks(model.linear_shapes(index)).items()},
+                linears=linears,
+            )
+            # Here, since methods leave processors idle that a pass through the block keeps busy.
+            model.prefetch(index + 1)
+            result = change(block)
+        except Preempted:
+            if hidden is not None:
                 journal.save_state(index, {"hidden": hidden}, {})
-                raise
-            del dense
-        block = Block(
-            index=index,
-            prefix=prefix,
-            weights={name: stored[name].to(run.device) for name in linears},
-            statistics=statistics,
-            masks={name: mask.to(run.device) for name, mask in model.reader.masks(model.linear_shapes(index)).items()},
-            linears=linears,
-        )
-        model.prefetch(index + 1)  # here, since methods leave processors idle that a pass through the block keeps busy
-        result = change(block)
+            raise
         del block, statistics
         writer.add_tensors(result.tensors, prefix)
         writer.add_masks(result.masks, prefix)

@@ -38,8 +38,12 @@ def keep_by_row(score: Tensor, sparsity: float) -> Tensor:
 
 def keep_by_matrix(score: Tensor, sparsity: float) -> Tensor:
     """Keep-mask [rows, columns]: exactly int(elements * sparsity) of the lowest scores of the matrix go."""
-    flat = score.reshape(1, -1)
-    return _keep_above(flat, int(flat.shape[1] * sparsity)).reshape(score.shape)
+    return keep_all_but(score, int(score.numel() * sparsity))
+
+
+def keep_all_but(score: Tensor, count: int) -> Tensor:
+    """Keep-mask [rows, columns]: exactly the `count` lowest scores of the matrix go."""
+    return _keep_above(score.reshape(1, -1), count).reshape(score.shape)
 
 
 def keep_by_pattern(score: Tensor, pattern: Pattern) -> Tensor:

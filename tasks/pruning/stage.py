@@ -1,17 +1,25 @@
-"""The pruning stage: the block loop with a criterion in it. One catalogue entry for each criterion."""
+"""The pruning stages: the block loop with a method in it. One catalogue entry for each criterion and each solver."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactWriter
-from ..architectures import family_of
-from ..stage import ModelFacts, Parameters, Run, stage
+from ..architectures import block_count, family_of
+from ..stage import ModelFacts, Parameters, Run, StageError, stage
 from .criteria import CRITERIA, Criterion, InputNorm
-from .selection import apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
+from .selection import Pattern, apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..blocks import Block
+
+    # New weights and keep-masks of a block, {name: ([out_features, in_features], bool)}, for a share or a pattern.
+    Method = Callable[[Block, float, Pattern | None], Mapping[str, tuple[Tensor, Tensor]]]
 
 
 class PruneParameters(Parameters):
@@ -19,6 +27,9 @@ class PruneParameters(Parameters):
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of the weights removed, between 0 and 1")
     pattern: str | None = Field(None, description="N:M sparsity instead: '2:4' keeps two in each four inputs")
+    allocation: Literal["uniform"] | tuple[float, ...] = Field(
+        "uniform", description="the same share in each block, or a list with the share of every block"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; auto is the checkpoint's own"
     )
@@ -34,11 +45,38 @@ class PruneParameters(Parameters):
                 )
         elif self.sparsity is None:
             raise ValueError("say how much to prune: 'sparsity: 0.5', or 'pattern: \"2:4\"'")
+        if self.allocation != "uniform":
+            self._check_allocation(self.allocation)
         return self
+
+    def _check_allocation(self, rates: tuple[float, ...]) -> None:
+        if self.pattern is not None:
+            raise ValueError("allocation gives each block a share of its own, which a pattern has no room for")
+        wrong = [rate for rate in rates if not 0 <= rate < 1]
+        if wrong:
+            raise ValueError(f"allocation has {wrong[0]}; each block's share must be at least 0 and below 1")
+        mean = sum(rates) / max(1, len(rates))
+        if self.sparsity is not None and abs(mean - self.sparsity) > 1e-4:
+            raise ValueError(
+                f"the mean of allocation is {mean:.4f}, but sparsity is {self.sparsity}; change the rates or sparsity"
+            )
+
+    def share(self, block: int) -> float:
+        """The share removed of each matrix of a block."""
+        return self.sparsity or 0.0 if self.allocation == "uniform" else float(self.allocation[block])
+
+
+class SolverParameters(PruneParameters):
+    """Parameters of methods that also change the weights that stay."""
+
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
 
 
 def check_pruning(parameters: PruneParameters, facts: ModelFacts) -> Iterator[str]:
-    """N:M groups must fill the rows of every layer."""
+    """N:M groups must fill the rows of every layer; an allocation must name a share for every block."""
+    blocks = block_count(facts.config)
+    if parameters.allocation != "uniform" and len(parameters.allocation) != blocks:
+        yield f"allocation has {len(parameters.allocation)} shares, but the model has {blocks} blocks"
     if parameters.pattern is None:
         return
     group = parse_pattern(parameters.pattern).group
@@ -58,17 +96,44 @@ def _masked(parameters: PruneParameters, facts: ModelFacts) -> ModelFacts:
 def _prune(
     run: Run,
     parameters: PruneParameters,
-    criterion: Criterion,
     model: Artifact,
     calibration: Artifact | None,
+    method: Method,
+    statistic: Callable[[int], Any] | None,
 ) -> Artifact:
-    from ..blocks import Block, Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
 
     pattern = parse_pattern(parameters.pattern) if parameters.pattern else None
-    sparsity = parameters.sparsity or 0.0
 
     def change(block: Block) -> Change:
         tensors, masks, removed = {}, {}, {}
+        for name, (weight, keep) in method(block, parameters.share(block.index), pattern).items():
+            masks[name] = keep
+            tensors[name] = apply_mask(weight.to(block.weights[name].dtype), keep)
+            removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
+        return Change(tensors, frozenset(tensors), masks, {"sparsity": removed})
+
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        windows = read_windows(run, calibration, stored) if calibration is not None else None
+        run_blocks(
+            run,
+            stored,
+            "pruning",
+            change=change,
+            writer=writer,
+            windows=windows,
+            statistic=statistic,
+            dtype=resolve_dtype(parameters.dtype, stored),
+        )
+        writer.share_files(stored.manifest)
+        return writer.publish()
+
+
+def _by_score(criterion: Criterion) -> Method:
+    """The lowest scores of each layer go; what stays is not changed."""
+
+    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
+        result = {}
         for name, weight in block.weights.items():
             if criterion.needs == "input_norm":
                 score = criterion.score(weight, block.statistics[name].norm())
@@ -84,32 +149,17 @@ def _prune(
                 keep = keep_by_matrix(score, sparsity)
             if name in block.masks:
                 keep &= block.masks[name]
-            masks[name] = keep
-            tensors[name] = apply_mask(weight, keep)
-            removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
-        return Change(tensors, frozenset(tensors), masks, {"sparsity": removed})
+            result[name] = weight, keep
+        return result
 
-    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
-        windows = read_windows(run, calibration, stored) if calibration is not None else None
-        run_blocks(
-            run,
-            stored,
-            "pruning",
-            change=change,
-            writer=writer,
-            windows=windows,
-            statistic=InputNorm,
-            dtype=resolve_dtype(parameters.dtype, stored),
-        )
-        writer.share_files(stored.manifest)
-        return writer.publish()
+    return prune
 
 
 def _register(name: str, criterion: Criterion) -> None:
     calibrated = criterion.needs != "nothing"
 
     def prune(run: Run, parameters: PruneParameters, model: Artifact, calibration: Artifact | None = None) -> Artifact:
-        return _prune(run, parameters, criterion, model, calibration)
+        return _prune(run, parameters, model, calibration, _by_score(criterion), InputNorm if calibrated else None)
 
     prune.__doc__ = criterion.score.__doc__
     stage(
@@ -127,3 +177,71 @@ def _register(name: str, criterion: Criterion) -> None:
 
 for _name, _criterion in CRITERIA.items():
     _register(_name, _criterion)
+
+
+@stage(
+    "prune",
+    "sparsegpt",
+    version=1,
+    parameters=SolverParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="checkpoint",
+    paper="Frantar and Alistarh 2023, arXiv:2301.00774",
+    check=check_pruning,
+    after=_masked,
+)
+def sparsegpt(run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact) -> Artifact:
+    """Lowest w^2 / [H^-1]_jj of each 128 columns, column by column, each loss spread over the columns to come."""
+    from ..gram import Gram
+    from .sparsegpt import solve
+
+    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
+        result: dict[str, tuple[Tensor, Tensor]] = {}
+        for names in block.by_input():
+            try:
+                solved = solve(
+                    [block.weights[name] for name in names],
+                    block.statistics[names[0]].matrix(),
+                    sparsity=sparsity,
+                    pattern=pattern,
+                    damping=parameters.damping,
+                    masks=[block.masks.get(name) for name in names],
+                )
+            except ValueError as error:
+                raise StageError(f"SparseGPT failed on {names[0]}: {error}") from error
+            result.update(zip(names, solved, strict=True))
+        return result
+
+    return _prune(run, parameters, model, calibration, prune, Gram)
+
+
+@stage(
+    "prune",
+    "alps",
+    version=1,
+    parameters=SolverParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="checkpoint",
+    paper="Meng et al. 2024, arXiv:2406.07831",
+    check=check_pruning,
+    after=_masked,
+)
+def alps(run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact) -> Artifact:
+    """Support and weights together: ADMM on ||X W - X W'||^2 with a growing penalty, then conjugate gradients."""
+    from ..gram import Gram
+    from .alps import decompose, solve
+
+    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
+        result: dict[str, tuple[Tensor, Tensor]] = {}
+        for names in block.by_input():
+            try:
+                inputs = decompose(block.statistics[names[0]].matrix(), parameters.damping)
+            except ValueError as error:
+                raise StageError(f"ALPS failed on {names[0]}: {error}") from error
+            for name in names:
+                run.stop_if_asked()
+                mask = block.masks.get(name)
+                result[name] = solve(block.weights[name], inputs, sparsity=sparsity, pattern=pattern, mask=mask)
+        return result
+
+    return _prune(run, parameters, model, calibration, prune, Gram)

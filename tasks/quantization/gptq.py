@@ -11,27 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gram import inverse_factor
 from .grid import Grid, fit_grid, from_codes, to_codes
-
-
-class Gram:
-    """Sum of x x^T over all calibration tokens, [in_features, in_features] float32, one window at a time."""
-
-    def __init__(self, in_features: int) -> None:
-        self._in_features = in_features
-        self._sum: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [tokens, in_features] of any floating dtype."""
-        inputs = inputs.float()
-        if self._sum is None:
-            self._sum = inputs.new_zeros(self._in_features, self._in_features)
-        self._sum.addmm_(inputs.T, inputs)
-
-    def matrix(self) -> Tensor:
-        """The sum. It must not be changed in place, layers share it."""
-        assert self._sum is not None
-        return self._sum
 
 
 class Solution(NamedTuple):
@@ -43,25 +24,6 @@ class Solution(NamedTuple):
     scales: Tensor
     zeros: Tensor
     group_index: Tensor
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor U of the damped Hessian's inverse, H^-1 = U^T U, [columns, columns] float32.
-
-    damping: share of the mean diagonal added to the diagonal; raised tenfold, up to 1, while the matrix is not
-    positive definite in float32. Raises ValueError when that does not help.
-    """
-    mean = hessian.diagonal().mean()
-    while damping <= 1:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        damping = damping * 10 if damping else 0.01
-    raise ValueError("the Gram matrix is not positive definite (NaN or infinity in the activations?)")
 
 
 def _aligned(column_block: int, group_size: int) -> int:

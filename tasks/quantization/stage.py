@@ -84,7 +84,8 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
     import torch
 
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
-    from .gptq import Gram, solve
+    from ..gram import Gram
+    from .gptq import solve
     from .gptq_format import pack, quantization_config
 
     settings = quantization_config(
@@ -93,7 +94,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
 
     def change(block: Block) -> Change:
         tensors: dict[str, Tensor] = {}
-        for names in layers_by_input(block):
+        for names in block.by_input():
             weight = torch.cat([block.weights[name] for name in names])
             keep = _stacked_masks(block, names)
             try:
@@ -172,14 +173,6 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
         writer.share_files(stored.manifest)
         writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
         return writer.publish(format="bitsandbytes", quantization=settings)
-
-
-def layers_by_input(block: Block) -> list[list[str]]:
-    """The block's weights, those that read the same input together."""
-    groups: dict[str, list[str]] = {}
-    for name, linear in block.linears.items():
-        groups.setdefault(linear.reads, []).append(name)
-    return list(groups.values())
 
 
 def _stacked_masks(block: Block, names: list[str]) -> Tensor | None:

@@ -226,3 +226,41 @@ def weights_of(model: Any, weights: dict[str, Tensor]) -> Iterator[Any]:
         yield model
         for name, weight in saved.items():
             model.get_parameter(name).copy_(weight)
+
+
+def sparsegpt(
+    weight: Tensor, gram: Tensor, sparsity: float, kept_of: tuple[int, int] | None = None, block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Frantar and Alistarh 2023, algorithm 1, for one layer in float64: (new weight, mask, True where kept).
+
+    gram: sum x x^T. kept_of: (2, 4) for two in each four inputs. Exactly int(sparsity * elements) go, block by block.
+    """
+    w, h = weight.double().clone(), gram.double().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    u = torch.linalg.cholesky(torch.linalg.inv(h)).T
+    # torch gives the lower factor of H^-1 = L L^T; the paper's upper one is that of H^-1 = U^T U.
+    assert torch.allclose(u.T @ u, torch.linalg.inv(h))
+    rows, columns = w.shape
+    mask = torch.ones_like(w, dtype=torch.bool)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        if kept_of is None:
+            score = w[:, start:stop] ** 2 / u.diagonal()[start:stop] ** 2
+            count = int(sparsity * rows * stop) - int(sparsity * rows * start)
+            chosen = score.flatten().argsort()[:count]
+            part = torch.ones(score.numel(), dtype=torch.bool)
+            part[chosen] = False
+            mask[:, start:stop] = part.reshape(score.shape)
+        for column in range(start, stop):
+            if kept_of is not None and column % kept_of[1] == 0:
+                group = slice(column, column + kept_of[1])
+                score = w[:, group] ** 2 / u.diagonal()[group] ** 2
+                order = score.argsort(dim=1)
+                mask[:, group] = mask[:, group].scatter(1, order[:, : kept_of[1] - kept_of[0]], False)
+            error = w[:, column] * ~mask[:, column] / u[column, column]
+            w[:, column:] -= error[:, None] * u[column, column:]
+            w[:, column] *= mask[:, column]
+    return w, mask

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from coldpress.tasks.gram import Gram
 from coldpress.tasks.pruning.criteria import InputNorm, magnitude_score, wanda_score
 from coldpress.tasks.pruning.selection import keep_by_row
-from coldpress.tasks.quantization.gptq import Gram
 
 
 def _inputs(windows: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

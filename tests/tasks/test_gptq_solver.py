@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import plain_methods
 import pytest
 import torch
-from coldpress.tasks.quantization.gptq import Solution, inverse_factor, solve
+from coldpress.tasks.gram import inverse_factor
+from coldpress.tasks.quantization.gptq import Solution, solve
 from torch import Tensor
 
 DEFAULTS: dict[str, Any] = {

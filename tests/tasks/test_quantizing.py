@@ -13,7 +13,8 @@ import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
-from coldpress.tasks.quantization.gptq import Gram, solve
+from coldpress.tasks.gram import Gram
+from coldpress.tasks.quantization.gptq import solve
 from coldpress.tasks.skeleton import Skeleton
 from coldpress.tasks.stage import ModelFacts
 from torch import Tensor

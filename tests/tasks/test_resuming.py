@@ -18,6 +18,8 @@ BLOCKS = 5
 STAGES = {
     "prune/wanda": ("calibration", {"sparsity": 0.5}),
     "prune/magnitude": (None, {"sparsity": 0.5}),
+    "prune/sparsegpt": ("calibration", {"sparsity": 0.5}),
+    "prune/alps": ("calibration", {"pattern": "2:4"}),
     "quantize/gptq": ("calibration", {"group_size": 32}),
     "quantize/nf4": (None, {}),
 }
