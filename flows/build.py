@@ -216,9 +216,11 @@ class Builder:
                 for role, kind in stage.inputs.items():
                     if kind == "tokens":
                         node_inputs[role] = self._tokens(inputs[role], root)
-                self.nodes[joined.instance.name] = Node(
-                    joined.instance.name, stage, parameters, node_inputs, self.document.line(*path), root
-                )
+                line = self.document.line(*path)
+                for role, (asked, further) in stage.derived(parameters).items():
+                    node_inputs[role] = self._derived(CATALOGUE[asked], further, node_inputs, line, root)
+                name_of = joined.instance.name
+                self.nodes[name_of] = Node(name_of, stage, parameters, node_inputs, line, root)
                 self.instances[name].append(joined.instance)
         return True
 
@@ -263,6 +265,19 @@ class Builder:
         name = entry_name if len(models) == 1 else f"{entry_name}@{root}"
         if name not in self.nodes:
             self.nodes[name] = Node(name, CATALOGUE["source/tokens"], entry.parameters, {"model": root}, line, root)
+        return name
+
+    def _derived(
+        self, stage: Stage, values: Mapping[str, Any], inputs: Mapping[str, str], line: int | None, root: str
+    ) -> str:
+        """The node of what a stage asks for itself; those that ask for the same share it."""
+        parameters = stage.parameters.model_validate(dict(values))
+        taken = {role: inputs[role] for role in stage.inputs}
+        name = f"{taken['model']}/{stage.method}"
+        while (node := self.nodes.get(name)) and (node.parameters, dict(node.inputs)) != (parameters, taken):
+            name += "'"
+        if node is None:
+            self.nodes[name] = Node(name, stage, parameters, taken, line, root)
         return name
 
     def _evaluations(self) -> None:

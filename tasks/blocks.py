@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..storage.artifacts import Artifact, ArtifactReader, ArtifactWriter, Manifest
-from ..storage.journal import Journal
+from ..storage.journal import Journal, State
 from .architectures import Linear, block_count, family_of, is_tied
 from .formats import unpack
 from .skeleton import Skeleton, Statistic, activation_device
@@ -117,6 +117,10 @@ class StoredModel:
     def unpack(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Dense weights for stored tensors."""
         return unpack(self.manifest.format, self.manifest.quantization, tensors, dtype, self.device)
+
+    def dense(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A block's dense weights on the device, named relative to it."""
+        return _relative(self.unpack(self.stored(index), dtype), self.family.block_prefix(index))
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """{full weight name: (out_features, in_features)} of a block's linear layers."""
@@ -248,15 +252,7 @@ def _reach_first_block(
 
     They come from the embedding, or are those last saved, sent through the blocks finished since then.
     """
-    state = journal.state()
-    outer = model.outer(skeleton.dtype)
-    # From one window the skeleton learns with which arguments blocks are called.
-    hidden = skeleton.embed(outer, windows if state is None else windows[:1])
-    del outer
-    passed = 0
-    if state is not None:
-        saved = state.tensors["hidden"]
-        passed, hidden = state.step, saved.to(activation_device(saved.shape, skeleton.dtype, run.device))
+    hidden, passed = _restore(run, skeleton, model.outer(skeleton.dtype), windows, journal.state())
     done = len(journal.steps)
     for index in range(passed, done):
         run.stop_if_asked()
@@ -313,20 +309,64 @@ def gather_statistics(
 
 @torch.no_grad()
 def stream_hidden(
-    run: Run, model: StoredModel, skeleton: Skeleton, windows: Tensor, what: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The last block's outputs [windows, length, hidden] for token ids, and the tensors outside the blocks."""
+    run: Run,
+    model: StoredModel,
+    skeleton: Skeleton,
+    windows: Tensor,
+    what: str,
+    visit: Callable[[int, dict[str, Tensor], Tensor], Mapping[str, Any]] = lambda index, weights, hidden: {},
+) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Any]]]:
+    """Send windows through all blocks as they are.
+
+    Returns the last block's outputs [windows, length, hidden], the tensors outside the blocks, and what
+    `visit(index, weights, inputs)` made of each block's weights, named relative to it, and inputs: a JSON record, which
+    is committed to the journal with the block.
+    """
+    journal = run.journal
+    assert journal is not None
+    done = len(journal.steps)
     outer = model.outer(skeleton.dtype)
     model.prefetch(0)
-    hidden = skeleton.embed(outer, windows)
-    for index in range(model.blocks):
+    state = journal.state()
+    hidden, passed = _restore(run, skeleton, outer, windows, state)
+    if done:
+        before = round(sum(step["seconds"] for step in journal.steps), 3)
+        note = {"from_block": done, "of": model.blocks, "recomputed_blocks": done - passed, "seconds_before": before}
+        run.note("resumed", note)
+    saving = SavingPace(hidden.nbytes)
+    clock = time.perf_counter()
+    for index in range(passed, model.blocks):
         model.prefetch(index + 1)
-        dense = _relative(model.unpack(model.stored(index), skeleton.dtype), model.family.block_prefix(index))
+        dense = model.dense(index, skeleton.dtype)
+        try:
+            record = visit(index, dense, hidden) if index >= done else {}
+        except Preempted:
+            journal.save_state(index, {"hidden": hidden}, {})
+            raise
         skeleton.advance(index, dense, hidden)
         del dense  # before the next block is read
+        if index >= done:
+            now = time.perf_counter()
+            journal.commit({**record, "seconds": round(now - clock, 3)})
+            clock = now
         run.progress(what, index + 1, model.blocks)
+        if index >= done and (run.stop_asked() or saving.due()):
+            with saving:
+                journal.save_state(index + 1, {"hidden": hidden}, {})
         run.stop_if_asked()
-    return hidden, outer
+    return hidden, outer, journal.steps
+
+
+def _restore(
+    run: Run, skeleton: Skeleton, outer: Mapping[str, Tensor], windows: Tensor, state: State | None
+) -> tuple[Tensor, int]:
+    """Activations to go on with, from the embedding or as they were saved, and after how many blocks they are."""
+    # From one window the skeleton learns with which arguments blocks are called.
+    hidden = skeleton.embed(outer, windows if state is None else windows[:1])
+    if state is None:
+        return hidden, 0
+    saved = state.tensors["hidden"]
+    return saved.to(activation_device(saved.shape, skeleton.dtype, run.device)), state.step
 
 
 def read_windows(run: Run, tokens: Artifact, model: StoredModel) -> Tensor:

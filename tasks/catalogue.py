@@ -6,13 +6,15 @@ import difflib
 
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
+from .pruning import gradients as _gradients
 from .pruning import stage as _pruning
+from .pruning import statistics as _statistics
 from .quantization import stage as _quantization
 from .sources import models as _models
 from .sources import tokens as _tokens
 from .stage import CATALOGUE, Stage
 
-MODULES = (_models, _tokens, _pruning, _quantization, _perplexity, _size)
+MODULES = (_models, _tokens, _statistics, _gradients, _pruning, _quantization, _perplexity, _size)
 
 
 def stage_named(name: str) -> Stage:
@@ -21,8 +23,10 @@ def stage_named(name: str) -> Stage:
 
 
 def uses() -> list[str]:
-    """What `use:` may say in a recipe: all kinds of stages but sources and evaluations, which have their own places."""
-    return sorted({entry.use for entry in CATALOGUE.values()} - {"source", "evaluate"})
+    """What `use:` may say in a recipe: not sources and evaluations, which have their own places, nor statistics, which
+    stages ask for themselves.
+    """
+    return sorted({entry.use for entry in CATALOGUE.values()} - {"source", "evaluate", "statistics"})
 
 
 def methods(use: str) -> list[str]:

@@ -101,7 +101,8 @@ class Stage:
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
     after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read.
-    content: for a source, the content id of what its parameters point at.
+    content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
+    ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
     """
 
     use: str
@@ -117,6 +118,7 @@ class Stage:
     after: Callable[[Any, ModelFacts], ModelFacts]
     accepts: frozenset[str]
     content: Callable[[Any], dict[str, Any]] | None
+    derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]]
 
     @property
     def name(self) -> str:
@@ -148,6 +150,7 @@ def stage(
     after: Callable[[Any, ModelFacts], ModelFacts] = _same_facts,
     accepts: frozenset[str] = frozenset({"dense"}),
     content: Callable[[Any], dict[str, Any]] | None = None,
+    derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]] = lambda parameters: {},
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -155,7 +158,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content,
+            content, derived,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry

@@ -51,7 +51,7 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
     with StoredModel(run, model) as stored, torch.no_grad():
         windows = read_windows(run, data, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
-        hidden, outer = stream_hidden(run, stored, skeleton, windows, "scoring")
+        hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "scoring")
         losses = []
         for window, inputs in zip(windows, hidden, strict=True):
             features = skeleton.finish(outer, inputs[None].to(run.device))[0]

@@ -26,24 +26,46 @@ def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
     return (weight * input_norm.float()).abs_()
 
 
+def gblm_score(weight: Tensor, input_norm: Tensor, gradient: Tensor) -> Tensor:
+    """|W| * (||X_j||_2 + alpha ||G||_p) in float32, [out_features, in_features]. Das et al. 2023.
+
+    input_norm: [in_features], the root of the mean over windows of each input's summed squares. gradient:
+    [out_features, in_features], as `gradients.py` stores it, alpha = 100 inside.
+    """
+    return weight.float().abs() * (input_norm.float() + gradient)
+
+
+def pruner_zero_score(weight: Tensor, gradient: Tensor) -> Tensor:
+    """W^2 * (G - min G) / (max G - min G) in float32, [out_features, in_features]. Dong et al. 2024.
+
+    gradient: [out_features, in_features]; its smallest and largest are those of the whole matrix.
+    """
+    low, high = gradient.aminmax()
+    spread = (high - low).clamp(min=1e-30)
+    return weight.float().square() * ((gradient - low) / spread)
+
+
 @dataclass(frozen=True)
 class Criterion:
     """An entry of the registry.
 
-    score: the function. needs: which statistic it takes after the weight. compare: whether scores of the unstructured
+    score: the function. needs: which statistics it takes after the weight, in this order: the input's norm over all
+    tokens, or that of the mean window, and the gradient. compare: whether scores of the unstructured
     kind compete within each output row or within the whole matrix. version: raised when results change.
     """
 
     score: Callable[..., Any]
-    needs: Literal["nothing", "input_norm"]
+    needs: tuple[Literal["input_norm", "window_norm", "gradient"], ...]
     compare: Literal["row", "matrix"]
     version: int
     paper: str
 
 
 CRITERIA = {
-    "magnitude": Criterion(magnitude_score, "nothing", "matrix", 1, "Han et al. 2015, arXiv:1506.02626"),
-    "wanda": Criterion(wanda_score, "input_norm", "row", 1, "Sun et al. 2023, arXiv:2306.11695"),
+    "magnitude": Criterion(magnitude_score, (), "matrix", 1, "Han et al. 2015, arXiv:1506.02626"),
+    "wanda": Criterion(wanda_score, ("input_norm",), "row", 1, "Sun et al. 2023, arXiv:2306.11695"),
+    "gblm": Criterion(gblm_score, ("window_norm", "gradient"), "row", 1, "Das et al. 2023, arXiv:2311.04902"),
+    "pruner-zero": Criterion(pruner_zero_score, ("gradient",), "row", 1, "Dong et al. 2024, arXiv:2406.02924"),
 }
 
 

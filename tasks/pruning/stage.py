@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...storage.artifacts import Artifact, ArtifactWriter
+from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
 from ..architectures import block_count, family_of
 from ..stage import ModelFacts, Parameters, Run, StageError, stage
+from .allocation import ALLOCATIONS
 from .criteria import CRITERIA, Criterion, InputNorm
 from .selection import Pattern, apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
 
@@ -27,8 +29,15 @@ class PruneParameters(Parameters):
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of the weights removed, between 0 and 1")
     pattern: str | None = Field(None, description="N:M sparsity instead: '2:4' keeps two in each four inputs")
-    allocation: Literal["uniform"] | tuple[float, ...] = Field(
-        "uniform", description="the same share in each block, or a list with the share of every block"
+    allocation: Literal["uniform", "owl", "rmi"] | tuple[float, ...] = Field(
+        "uniform",
+        description="share of each block: uniform, by its outliers (owl), by its redundancy (rmi), or a list of shares",
+    )
+    spread: float | None = Field(
+        None, gt=0, lt=0.5, description="how far owl and rmi go from the mean: by default 0.08, and 0.01 to 0.03"
+    )
+    outlier_threshold: float = Field(
+        5.0, gt=0, description="for owl: a score is an outlier above so many times its block's mean"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; auto is the checkpoint's own"
@@ -45,13 +54,15 @@ class PruneParameters(Parameters):
                 )
         elif self.sparsity is None:
             raise ValueError("say how much to prune: 'sparsity: 0.5', or 'pattern: \"2:4\"'")
-        if self.allocation != "uniform":
-            self._check_allocation(self.allocation)
+        if self.allocation != "uniform" and self.pattern is not None:
+            raise ValueError("allocation gives each block a share of its own, which a pattern has no room for")
+        if not isinstance(self.allocation, str):
+            self._check_shares(self.allocation)
+        if self.spread is not None and self.allocation not in ALLOCATIONS:
+            raise ValueError(f"spread is for the allocations {' and '.join(ALLOCATIONS)}")
         return self
 
-    def _check_allocation(self, rates: tuple[float, ...]) -> None:
-        if self.pattern is not None:
-            raise ValueError("allocation gives each block a share of its own, which a pattern has no room for")
+    def _check_shares(self, rates: tuple[float, ...]) -> None:
         wrong = [rate for rate in rates if not 0 <= rate < 1]
         if wrong:
             raise ValueError(f"allocation has {wrong[0]}; each block's share must be at least 0 and below 1")
@@ -61,9 +72,34 @@ class PruneParameters(Parameters):
                 f"the mean of allocation is {mean:.4f}, but sparsity is {self.sparsity}; change the rates or sparsity"
             )
 
-    def share(self, block: int) -> float:
-        """The share removed of each matrix of a block."""
-        return self.sparsity or 0.0 if self.allocation == "uniform" else float(self.allocation[block])
+    def shares(self, blocks: int, measured: Sequence[float] | None) -> list[float]:
+        """The share removed of each matrix, for every block. measured: what the allocation needs to know of each."""
+        if not isinstance(self.allocation, str):
+            return list(self.allocation)
+        mean = self.sparsity or 0.0
+        if measured is None:
+            return [mean] * blocks
+        return ALLOCATIONS[self.allocation](measured, mean, self.spread)
+
+    def statistics(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The input that the allocation asks for."""
+        if self.allocation not in ALLOCATIONS:
+            return {}
+        settings: dict[str, Any] = {"dtype": self.dtype}
+        if self.allocation == "owl":
+            settings["threshold"] = self.outlier_threshold
+        return {"measured": (f"statistics/{self.allocation}", settings)}
+
+
+class GradientPruneParameters(PruneParameters):
+    """Parameters of criteria that take gradients."""
+
+    norm: Literal["l1", "l2"] = Field("l2", description="of the gradients over the calibration windows")
+
+    def statistics(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The inputs that the allocation and the criterion ask for."""
+        dtype = "auto" if self.dtype == "float16" else self.dtype
+        return {**super().statistics(), "gradients": ("statistics/gradients", {"norm": self.norm, "dtype": dtype})}
 
 
 class SolverParameters(PruneParameters):
@@ -75,7 +111,7 @@ class SolverParameters(PruneParameters):
 def check_pruning(parameters: PruneParameters, facts: ModelFacts) -> Iterator[str]:
     """N:M groups must fill the rows of every layer; an allocation must name a share for every block."""
     blocks = block_count(facts.config)
-    if parameters.allocation != "uniform" and len(parameters.allocation) != blocks:
+    if not isinstance(parameters.allocation, str) and len(parameters.allocation) != blocks:
         yield f"allocation has {len(parameters.allocation)} shares, but the model has {blocks} blocks"
     if parameters.pattern is None:
         return
@@ -89,6 +125,16 @@ def check_pruning(parameters: PruneParameters, facts: ModelFacts) -> Iterator[st
             return
 
 
+def check_uncalibrated(parameters: PruneParameters, facts: ModelFacts) -> Iterator[str]:
+    """Without calibration nothing can be measured."""
+    if parameters.allocation in ALLOCATIONS:
+        yield (
+            f"allocation '{parameters.allocation}' is measured with calibration data, which this method doesn't take; "
+            "write a list of shares, or use another method"
+        )
+    yield from check_pruning(parameters, facts)
+
+
 def _masked(parameters: PruneParameters, facts: ModelFacts) -> ModelFacts:
     return ModelFacts(facts.config, facts.format, masked=True)
 
@@ -98,22 +144,25 @@ def _prune(
     parameters: PruneParameters,
     model: Artifact,
     calibration: Artifact | None,
+    measured: Artifact | None,
     method: Method,
     statistic: Callable[[int], Any] | None,
 ) -> Artifact:
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from .statistics import read_blocks
 
     pattern = parse_pattern(parameters.pattern) if parameters.pattern else None
 
     def change(block: Block) -> Change:
         tensors, masks, removed = {}, {}, {}
-        for name, (weight, keep) in method(block, parameters.share(block.index), pattern).items():
+        for name, (weight, keep) in method(block, shares[block.index], pattern).items():
             masks[name] = keep
             tensors[name] = apply_mask(weight.to(block.weights[name].dtype), keep)
             removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
         return Change(tensors, frozenset(tensors), masks, {"sparsity": removed})
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        shares = parameters.shares(stored.blocks, read_blocks(run.store, measured) if measured else None)
         windows = read_windows(run, calibration, stored) if calibration is not None else None
         run_blocks(
             run,
@@ -129,16 +178,21 @@ def _prune(
         return writer.publish()
 
 
-def _by_score(criterion: Criterion) -> Method:
-    """The lowest scores of each layer go; what stays is not changed."""
+def _by_score(criterion: Criterion, windows: int, gradients: ArtifactReader | None) -> Method:
+    """The lowest scores of each layer go; what stays is not changed. windows: how many the norms are of."""
 
     def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
         result = {}
+        gradient = gradients.tensors(block.weights) if gradients else {}
+
+        def statistic(needed: str, name: str) -> Tensor:
+            if needed == "gradient":
+                return gradient[name].to(block.weights[name].device)
+            norm: Tensor = block.statistics[name].norm()
+            return norm / windows**0.5 if needed == "window_norm" else norm
+
         for name, weight in block.weights.items():
-            if criterion.needs == "input_norm":
-                score = criterion.score(weight, block.statistics[name].norm())
-            else:
-                score = criterion.score(weight)
+            score = criterion.score(weight, *(statistic(needed, name) for needed in criterion.needs))
             if name in block.masks:
                 score = score.masked_fill(~block.masks[name], -1.0)  # what went before goes first
             if pattern:
@@ -156,22 +210,37 @@ def _by_score(criterion: Criterion) -> Method:
 
 
 def _register(name: str, criterion: Criterion) -> None:
-    calibrated = criterion.needs != "nothing"
+    calibrated = bool(criterion.needs)
+    passes = criterion.needs not in ((), ("gradient",))
+    parameters_class = GradientPruneParameters if "gradient" in criterion.needs else PruneParameters
 
-    def prune(run: Run, parameters: PruneParameters, model: Artifact, calibration: Artifact | None = None) -> Artifact:
-        return _prune(run, parameters, model, calibration, _by_score(criterion), InputNorm if calibrated else None)
+    def prune(
+        run: Run,
+        parameters: PruneParameters,
+        model: Artifact,
+        calibration: Artifact | None = None,
+        measured: Artifact | None = None,
+        gradients: Artifact | None = None,
+    ) -> Artifact:
+        windows = run.store.manifest(calibration).tensors["input_ids"].shape[0] if calibration else 0
+        with ArtifactReader(run.store, gradients) if gradients else nullcontext() as reader:
+            method = _by_score(criterion, windows, reader)
+            return _prune(
+                run, parameters, model, calibration if passes else None, measured, method, InputNorm if passes else None
+            )
 
     prune.__doc__ = criterion.score.__doc__
     stage(
         "prune",
         name,
         version=criterion.version,
-        parameters=PruneParameters,
+        parameters=parameters_class,
         inputs={"model": "checkpoint", "calibration": "tokens"} if calibrated else {"model": "checkpoint"},
         output="checkpoint",
         paper=criterion.paper,
-        check=check_pruning,
+        check=check_pruning if calibrated else check_uncalibrated,
         after=_masked,
+        derived=parameters_class.statistics if calibrated else lambda parameters: {},
     )(prune)
 
 
@@ -189,8 +258,11 @@ for _name, _criterion in CRITERIA.items():
     paper="Frantar and Alistarh 2023, arXiv:2301.00774",
     check=check_pruning,
     after=_masked,
+    derived=SolverParameters.statistics,
 )
-def sparsegpt(run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact) -> Artifact:
+def sparsegpt(
+    run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
+) -> Artifact:
     """Lowest w^2 / [H^-1]_jj of each 128 columns, column by column, each loss spread over the columns to come."""
     from ..gram import Gram
     from .sparsegpt import solve
@@ -212,7 +284,7 @@ def sparsegpt(run: Run, parameters: SolverParameters, model: Artifact, calibrati
             result.update(zip(names, solved, strict=True))
         return result
 
-    return _prune(run, parameters, model, calibration, prune, Gram)
+    return _prune(run, parameters, model, calibration, measured, prune, Gram)
 
 
 @stage(
@@ -225,8 +297,11 @@ def sparsegpt(run: Run, parameters: SolverParameters, model: Artifact, calibrati
     paper="Meng et al. 2024, arXiv:2406.07831",
     check=check_pruning,
     after=_masked,
+    derived=SolverParameters.statistics,
 )
-def alps(run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact) -> Artifact:
+def alps(
+    run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
+) -> Artifact:
     """Support and weights together: ADMM on ||X W - X W'||^2 with a growing penalty, then conjugate gradients."""
     from ..gram import Gram
     from .alps import decompose, solve
@@ -244,4 +319,4 @@ def alps(run: Run, parameters: SolverParameters, model: Artifact, calibration: A
                 result[name] = solve(block.weights[name], inputs, sparsity=sparsity, pattern=pattern, mask=mask)
         return result
 
-    return _prune(run, parameters, model, calibration, prune, Gram)
+    return _prune(run, parameters, model, calibration, measured, prune, Gram)

@@ -32,6 +32,7 @@ stages:
   pruned: {use: prune, method: wanda, model: base, calibration: calibration, sparsity: 0.5}
   gptq:   {use: quantize, method: gptq, model: pruned, calibration: calibration, bits: 4, group_size: 64}
 """
+KILLS_BETWEEN = 5  # two undisturbed runs
 STAGES = ("prune/wanda", "quantize/gptq")
 
 
@@ -71,20 +72,26 @@ def test_killed_runs_lose_at_most_a_block_each(server: str, tmp_path: Path, caps
     sources = str(tmp_path / "sources")
     finish(begin(sources, "--only", "base", "--only", "calibration"))
     undisturbed: dict[str, Any] = {}
-    walls, works = [], []
-    for number in range(3):
-        store = copy_of(sources, tmp_path / f"undisturbed-{number}")
+    walls: list[float] = []
+    works: list[float] = []
+
+    def run_undisturbed() -> None:
+        store = copy_of(sources, tmp_path / f"undisturbed-{len(works)}")
         began = time.monotonic()
-        undisturbed = finish(begin(store))
+        document = finish(begin(store))
+        assert artifacts(document) == artifacts(undisturbed or document)
+        undisturbed.update(document)
         walls.append(time.monotonic() - began)
         works.append(sum(work(store).values()))
         shutil.rmtree(store)
-    usual = mean(works)
 
+    run_undisturbed()
     chance = random.Random(0)
     kills = resumed = 0
-    killed_works, ratios = [], []
+    killed_works: list[float] = []
     while kills < KILLS:
+        if len(works) <= kills // KILLS_BETWEEN:  # now and then, for machines change their speed
+            run_undisturbed()
         moment = chance.uniform(0, mean(walls))
         store = copy_of(sources, tmp_path / f"killed-{kills}")
         if not kill_after(begin(store), moment):
@@ -98,12 +105,12 @@ def test_killed_runs_lose_at_most_a_block_each(server: str, tmp_path: Path, caps
         assert set(states(after).values()) <= {"cached", "computed", "resumed"}
         resumed += "resumed" in states(after).values()
         killed_works.append(sum(work(store).values()))
-        ratios.append(killed_works[-1] / usual)
+        shutil.rmtree(store)
         with capsys.disabled():
             print(f"kill {kills} after {moment:.1f} s: {states(after)['pruned']}, {states(after)['gptq']}; "
-                  f"work {ratios[-1]:.2f} of {usual:.1f} s")  # fmt: skip
-        shutil.rmtree(store)
+                  f"work {killed_works[-1]:.1f} s, undisturbed {works[-1]:.1f} s")  # fmt: skip
+    ratio = mean(killed_works) / mean(works)
     with capsys.disabled():
-        print(f"{kills} kills, {resumed} resumed inside a stage, all {kills} ended in the undisturbed ids; "
-              f"work {mean(ratios):.3f} of undisturbed on average, {max(ratios):.3f} at most")  # fmt: skip
-    assert mean(killed_works) <= 1.10 * usual
+        print(f"{kills} kills, {resumed} resumed inside a stage, all ended in the undisturbed ids; work "
+              f"{mean(killed_works):.1f} s on average, undisturbed {mean(works):.1f} s, ratio {ratio:.3f}")  # fmt: skip
+    assert ratio <= 1.10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from coldpress.storage.artifacts import Artifact
+from coldpress.storage.journal import Journal
 from coldpress.storage.store import Store
 from coldpress.tasks.blocks import StoredModel, stream_hidden
 from coldpress.tasks.skeleton import Skeleton
@@ -56,10 +58,11 @@ def block_loop_logits(store: Store) -> Callable[..., Tensor]:
 
     @torch.no_grad()
     def logits(model: Artifact, windows: Tensor, on: Store | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        run = Run(on or store)
+        target = on or store
+        run = Run(target, journal=Journal(target, {"stage": "testing", "of": uuid.uuid4().hex}, {}))
         with StoredModel(run, model) as stored:
             skeleton = Skeleton(stored.config, dtype or stored.dtype, run.device)
-            hidden, outer = stream_hidden(run, stored, skeleton, windows, "testing")
+            hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "testing")
             return torch.cat([skeleton.logits(outer, skeleton.finish(outer, inputs[None])) for inputs in hidden])
 
     return logits

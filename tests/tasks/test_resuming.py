@@ -21,6 +21,9 @@ STAGES = {
     "prune/sparsegpt": ("calibration", {"sparsity": 0.5}),
     "prune/alps": ("calibration", {"pattern": "2:4"}),
     "quantize/gptq": ("calibration", {"group_size": 32}),
+    "statistics/owl": ("calibration", {}),
+    "statistics/rmi": ("calibration", {}),
+    "evaluate/perplexity": ("data", {}),
     "quantize/nf4": (None, {}),
 }
 
