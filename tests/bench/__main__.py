@@ -18,10 +18,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import cached, gptq, journal, memory, store, wanda
+from . import cached, gptq, journal, memory, sparsegpt, store, wanda
 from .measuring import ProcessFailed, Row, in_fresh_process
 
-BENCHMARKS = {"wanda": wanda, "gptq": gptq, "journal": journal, "memory": memory, "store": store, "cached": cached}
+BENCHMARKS = {
+    "wanda": wanda,
+    "sparsegpt": sparsegpt,
+    "gptq": gptq,
+    "journal": journal,
+    "memory": memory,
+    "store": store,
+    "cached": cached,
+}
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ def measure() -> list[Row]:
     from coldpress.storage.store import Store
     from transformers import AutoModelForCausalLM
 
-    from . import published_wanda
+    from . import published as reference
     from .smollm2 import CALIBRATION, fresh_copy, import_model, import_windows, run_stage
 
     base, worker = Store("base"), Worker("cpu")
@@ -61,7 +61,7 @@ def measure() -> list[Row]:
 
     def published() -> float:
         model = load()
-        seconds = timed(lambda: published_wanda.prune(model, windows, 0.5))
+        seconds = timed(lambda: reference.prune(model, windows, 0.5))
         weights = {name: model.get_parameter(name) for name in pruned}
         differing[0] = sum(int(((weights[name] == 0) != (pruned[name] == 0)).sum()) for name in pruned)
         differing[1] = sum(weight.numel() for weight in pruned.values())

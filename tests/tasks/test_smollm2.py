@@ -212,6 +212,19 @@ def test_dense_is_better_than_wanda_is_better_than_magnitude(
     assert found[0] < found[1] < 3 * found[0] < found[2]
 
 
+def test_repair_is_better_than_choice_alone_and_patterns_cost(
+    stage: Stage, base: Artifact, wikitext: dict[str, Artifact], perplexity: Callable[[Artifact, Artifact], float]
+) -> None:
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+
+    def after(method: str, **amount: Any) -> float:
+        return perplexity(stage(f"prune/{method}", inputs, **amount), wikitext["test"])
+
+    wanda, sparsegpt, alps = (after(method, sparsity=0.5) for method in ("wanda", "sparsegpt", "alps"))
+    assert alps < sparsegpt < wanda
+    assert sparsegpt < after("sparsegpt", pattern="4:8") < after("sparsegpt", pattern="2:4")
+
+
 def test_gptq_is_better_than_plain_rounding(
     stage: Stage,
     base: Artifact,
