@@ -7,7 +7,7 @@ same input share the eigendecomposition of its Gram matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,13 +52,28 @@ def decompose(gram: Tensor, damping: float = 0.01) -> Inputs:
 
 
 def solve(
-    weight: Tensor, inputs: Inputs, *, sparsity: float, pattern: Pattern | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Prune a layer: (new weight in float32, keep-mask), both [out_features, in_features].
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    *,
+    sparsity: float,
+    pattern: Pattern | None = None,
+    damping: float = 0.01,
+    masks: Sequence[Tensor | None] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune layers that read the same input: [(new weight in float32, keep-mask)], both [out_features, in_features].
 
-    sparsity: share removed, int(share * elements) exactly of the whole matrix; pattern: of each group of inputs
-    instead. mask: what was pruned before stays so.
+    weights: each [out_features, in_features], any floating dtype. gram: [in_features, in_features] = sum x x^T.
+    sparsity: share removed, int(share * elements) exactly of each whole matrix; pattern: of each group of inputs
+    instead. masks: what was pruned before stays so. Raises ValueError when there is NaN or infinity in `gram`.
     """
+    inputs = decompose(gram, damping)
+    before = masks or [None] * len(weights)
+    return [_solve(weight, inputs, sparsity, pattern, mask) for weight, mask in zip(weights, before, strict=True)]
+
+
+def _solve(
+    weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dense = (weight.float() * inputs.norms).T.contiguous()
     removed = int(sparsity * dense.numel())
     before = None if mask is None else mask.T

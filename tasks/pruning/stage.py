@@ -248,18 +248,41 @@ for _name, _criterion in CRITERIA.items():
     _register(_name, _criterion)
 
 
-@stage(
-    "prune",
-    "sparsegpt",
-    version=1,
-    parameters=SolverParameters,
-    inputs={"model": "checkpoint", "calibration": "tokens"},
-    output="checkpoint",
-    paper="Frantar and Alistarh 2023, arXiv:2301.00774",
-    check=check_pruning,
-    after=_masked,
-    derived=SolverParameters.statistics,
-)
+def _by_solver(name: str, solve: Callable[..., list[tuple[Tensor, Tensor]]], run: Run, damping: float) -> Method:
+    """Layers that read the same input are solved together; what stays makes up for what goes."""
+
+    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
+        result: dict[str, tuple[Tensor, Tensor]] = {}
+        for names in block.by_input():
+            run.stop_if_asked()
+            try:
+                solved = solve(
+                    [block.weights[name] for name in names],
+                    block.statistics[names[0]].matrix(),
+                    sparsity=sparsity,
+                    pattern=pattern,
+                    damping=damping,
+                    masks=[block.masks.get(name) for name in names],
+                )
+            except ValueError as error:
+                raise StageError(f"{name} failed on {names[0]}: {error}") from error
+            result.update(zip(names, solved, strict=True))
+        return result
+
+    return prune
+
+
+_SOLVER: dict[str, Any] = {
+    "parameters": SolverParameters,
+    "inputs": {"model": "checkpoint", "calibration": "tokens"},
+    "output": "checkpoint",
+    "check": check_pruning,
+    "after": _masked,
+    "derived": SolverParameters.statistics,
+}
+
+
+@stage("prune", "sparsegpt", version=1, paper="Frantar and Alistarh 2023, arXiv:2301.00774", **_SOLVER)
 def sparsegpt(
     run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
 ) -> Artifact:
@@ -267,56 +290,17 @@ def sparsegpt(
     from ..gram import Gram
     from .sparsegpt import solve
 
-    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
-        result: dict[str, tuple[Tensor, Tensor]] = {}
-        for names in block.by_input():
-            try:
-                solved = solve(
-                    [block.weights[name] for name in names],
-                    block.statistics[names[0]].matrix(),
-                    sparsity=sparsity,
-                    pattern=pattern,
-                    damping=parameters.damping,
-                    masks=[block.masks.get(name) for name in names],
-                )
-            except ValueError as error:
-                raise StageError(f"SparseGPT failed on {names[0]}: {error}") from error
-            result.update(zip(names, solved, strict=True))
-        return result
-
-    return _prune(run, parameters, model, calibration, measured, prune, Gram)
+    method = _by_solver("SparseGPT", solve, run, parameters.damping)
+    return _prune(run, parameters, model, calibration, measured, method, Gram)
 
 
-@stage(
-    "prune",
-    "alps",
-    version=1,
-    parameters=SolverParameters,
-    inputs={"model": "checkpoint", "calibration": "tokens"},
-    output="checkpoint",
-    paper="Meng et al. 2024, arXiv:2406.07831",
-    check=check_pruning,
-    after=_masked,
-    derived=SolverParameters.statistics,
-)
+@stage("prune", "alps", version=1, paper="Meng et al. 2024, arXiv:2406.07831", **_SOLVER)
 def alps(
     run: Run, parameters: SolverParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
 ) -> Artifact:
     """Support and weights together: ADMM on ||X W - X W'||^2 with a growing penalty, then conjugate gradients."""
     from ..gram import Gram
-    from .alps import decompose, solve
+    from .alps import solve
 
-    def prune(block: Block, sparsity: float, pattern: Pattern | None) -> dict[str, tuple[Tensor, Tensor]]:
-        result: dict[str, tuple[Tensor, Tensor]] = {}
-        for names in block.by_input():
-            try:
-                inputs = decompose(block.statistics[names[0]].matrix(), parameters.damping)
-            except ValueError as error:
-                raise StageError(f"ALPS failed on {names[0]}: {error}") from error
-            for name in names:
-                run.stop_if_asked()
-                mask = block.masks.get(name)
-                result[name] = solve(block.weights[name], inputs, sparsity=sparsity, pattern=pattern, mask=mask)
-        return result
-
-    return _prune(run, parameters, model, calibration, measured, prune, Gram)
+    method = _by_solver("ALPS", solve, run, parameters.damping)
+    return _prune(run, parameters, model, calibration, measured, method, Gram)

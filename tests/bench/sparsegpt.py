@@ -45,23 +45,17 @@ def _solvers() -> list[Row]:
                 whole += float(((weight @ gram) * weight).sum())
         return lost / whole
 
-    def ours() -> float:
+    def solver(name: str, solve: Any) -> float:
         results: list[Any] = []
-        seconds = timed(lambda: results.extend(sparsegpt.solve(w, gram, sparsity=0.5) for w, gram in problems))
-        losses["ours"] = loss([[weight for weight, _ in group] for group in results])
+        seconds = timed(lambda: results.extend(solve(weights, gram, sparsity=0.5) for weights, gram in problems))
+        losses[name] = loss([[weight for weight, _ in group] for group in results])
         return seconds
+
+    def ours() -> float:
+        return solver("ours", sparsegpt.solve)
 
     def with_alps() -> float:
-        results: list[Any] = []
-
-        def run() -> None:
-            for weights, gram in problems:
-                inputs = alps.decompose(gram)
-                results.append([alps.solve(weight, inputs, sparsity=0.5)[0] for weight in weights])
-
-        seconds = timed(run)
-        losses["alps"] = loss(results)
-        return seconds
+        return solver("alps", alps.solve)
 
     @torch.no_grad()
     def published() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -18,7 +17,7 @@ import pytest
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
-from runs import committed
+from runs import committed, environment
 
 COLDPRESS = [sys.executable, "-m", "coldpress.flows.cli"]
 
@@ -31,8 +30,7 @@ class Up:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.folder, self.log = folder, folder / "up.log"
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "COLDPRESS_"))}
-        self.environment = {**kept, **settings, "HOME": str(folder), "PREFECT_HOME": str(folder / "prefect")}
+        self.environment = environment(str(folder), **settings)
         self.start()
 
     def start(self) -> None:

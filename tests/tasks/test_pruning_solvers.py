@@ -60,7 +60,7 @@ def test_exactly_the_asked_number_of_weights_goes(sparsity: float) -> None:
     weight, gram = normal(ROWS, COLUMNS), correlated_gram()
     for _, keep in (
         *sparsegpt.solve([weight], gram, sparsity=sparsity),
-        alps.solve(weight, alps.decompose(gram), sparsity=sparsity),
+        *alps.solve([weight], gram, sparsity=sparsity),
     ):
         assert int((~keep).sum()) == int(sparsity * weight.numel())
 
@@ -80,7 +80,7 @@ def test_each_method_loses_less_than_the_simpler_one(pattern: Pattern | None) ->
     weight, gram = normal(ROWS, COLUMNS), correlated_gram()
     norm = gram.diagonal().sqrt()
     ((spared, _),) = sparsegpt.solve([weight], gram, sparsity=0.5, pattern=pattern)
-    repaired, _ = alps.solve(weight, alps.decompose(gram), sparsity=0.5, pattern=pattern)
+    ((repaired, _),) = alps.solve([weight], gram, sparsity=0.5, pattern=pattern)
     if pattern is None:
         wanda = weight * keep_by_row(wanda_score(weight, norm), 0.5)
         magnitude = weight * keep_by_matrix(magnitude_score(weight), 0.5)
@@ -97,7 +97,7 @@ def test_uncorrelated_inputs_of_one_size_make_it_magnitude_without_repair() -> N
     ((ours, keep),) = sparsegpt.solve([weight], torch.eye(128) * 7, sparsity=0.5)
     assert torch.equal(keep, keep_by_matrix(weight.abs(), 0.5))
     assert torch.allclose(ours, weight * keep, atol=1e-6)
-    repaired, _ = alps.solve(weight, alps.decompose(torch.eye(128) * 7), sparsity=0.5)
+    ((repaired, _),) = alps.solve([weight], torch.eye(128) * 7, sparsity=0.5)
     best = loss(weight * keep, weight, torch.eye(128))
     assert best <= loss(repaired, weight, torch.eye(128)) < 1.05 * best  # ADMM moves among near-ties
 
@@ -109,7 +109,7 @@ def test_what_was_pruned_before_stays_pruned_and_counts(pattern: Pattern | None)
     weight = weight * before
     results = [
         sparsegpt.solve([weight], gram, sparsity=0.5, pattern=pattern, masks=[before])[0],
-        alps.solve(weight, alps.decompose(gram), sparsity=0.5, pattern=pattern, mask=before),
+        alps.solve([weight], gram, sparsity=0.5, pattern=pattern, masks=[before])[0],
     ]
     for ours, keep in results:
         assert not bool((keep & ~before).any())
@@ -124,14 +124,14 @@ def test_inputs_that_are_always_zero_are_pruned_away() -> None:
     ((ours, _),) = sparsegpt.solve([weight], gram, sparsity=0.5)
     assert not bool(ours[:, 5].any())
     assert bool(ours.isfinite().all())
-    repaired, _ = alps.solve(weight, alps.decompose(gram), sparsity=0.5)
+    ((repaired, _),) = alps.solve([weight], gram, sparsity=0.5)
     assert bool(repaired.isfinite().all())
 
 
 def test_alps_ends_near_the_optimum_of_its_support() -> None:
     weight, gram = normal(8, 64), correlated_gram(64, 400)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(64)
-    ours, keep = alps.solve(weight, alps.decompose(gram), sparsity=0.5)
+    ((ours, keep),) = alps.solve([weight], gram, sparsity=0.5)
     for row, support in enumerate(keep):
         exact = torch.linalg.solve(damped[support][:, support], damped[support] @ weight[row])
         assert torch.allclose(ours[row, support], exact, atol=2e-2 * float(exact.abs().max()))
@@ -141,6 +141,6 @@ def test_a_gram_matrix_with_infinity_is_refused() -> None:
     gram = correlated_gram()
     gram[3, 3] = math.inf
     with pytest.raises(ValueError, match="NaN or infinity"):
-        alps.decompose(gram)
+        alps.solve([normal(ROWS, COLUMNS)], gram, sparsity=0.5)
     with pytest.raises(ValueError, match="not positive definite"):
         sparsegpt.solve([normal(ROWS, COLUMNS)], gram, sparsity=0.5)
