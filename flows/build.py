@@ -273,8 +273,9 @@ class Builder:
         """The node of what a stage asks for itself; those that ask for the same share it."""
         parameters = stage.parameters.model_validate(dict(values))
         taken = {role: inputs[role] for role in stage.inputs}
-        name = f"{taken['model']}/{stage.method}"
-        while (node := self.nodes.get(name)) and (node.parameters, dict(node.inputs)) != (parameters, taken):
+        settings = [f"{key}={value}" for key, value in parameters.for_key().items()]
+        name = f"{taken['model']}/{stage.method}" + (f"[{','.join(settings)}]" if settings else "")
+        while (node := self.nodes.get(name)) and dict(node.inputs) != taken:  # measured on other data
             name += "'"
         if node is None:
             self.nodes[name] = Node(name, stage, parameters, taken, line, root)

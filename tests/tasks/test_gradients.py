@@ -161,4 +161,4 @@ stages:
     nodes = {node.name: node for node in load_recipe(str(path)).nodes}
     asked = {name: nodes[name].inputs["gradients"] for name in ("gblm", "zero", "l1")}
     assert asked["gblm"] == asked["zero"] == "base/gradients"
-    assert asked["l1"] == "base/gradients'"
+    assert asked["l1"] == "base/gradients[norm=l1]"
