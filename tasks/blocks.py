@@ -172,14 +172,12 @@ def run_blocks(
     for step in journal.steps:
         writer.take_over(step)
         run.merge_notes(step["notes"])
+    passed = done
     if windows is not None and done < model.blocks:
         skeleton = Skeleton(model.config, dtype, run.device)
         hidden, passed = _reach_first_block(run, journal, model, skeleton, windows, what, format, quantization)
+    note_resumed(run, journal, model.blocks, done - passed)
     if done:
-        recomputed = done - passed if hidden is not None else 0
-        before = round(sum(step["seconds"] for step in journal.steps), 3)
-        note = {"from_block": done, "of": model.blocks, "recomputed_blocks": recomputed, "seconds_before": before}
-        run.note("resumed", note)
         run.progress(what, done, model.blocks)
     writer.share(model.manifest, model.names(None))
     saving = SavingPace(0 if hidden is None else hidden.nbytes)
@@ -265,6 +263,14 @@ def _reach_first_block(
     return hidden, passed
 
 
+def note_resumed(run: Run, journal: Journal, blocks: int, recomputed: int) -> None:
+    """Put into the provenance where a stage goes on that had been begun before, and what the work until then took."""
+    if journal.steps:
+        before = round(sum(step["seconds"] for step in journal.steps), 3)
+        note = {"from_block": len(journal.steps), "of": blocks, "recomputed_blocks": recomputed}
+        run.note("resumed", {**note, "seconds_before": before})
+
+
 class SavingPace:
     """When to save activations: as often as takes SHARE of the time, by what saving took when it was last done."""
 
@@ -325,14 +331,11 @@ def stream_hidden(
     journal = run.journal
     assert journal is not None
     done = len(journal.steps)
-    outer = model.outer(skeleton.dtype)
-    model.prefetch(0)
     state = journal.state()
+    model.prefetch(0 if state is None else state.step)
+    outer = model.outer(skeleton.dtype)
     hidden, passed = _restore(run, skeleton, outer, windows, state)
-    if done:
-        before = round(sum(step["seconds"] for step in journal.steps), 3)
-        note = {"from_block": done, "of": model.blocks, "recomputed_blocks": done - passed, "seconds_before": before}
-        run.note("resumed", note)
+    note_resumed(run, journal, model.blocks, done - passed)
     saving = SavingPace(hidden.nbytes)
     clock = time.perf_counter()
     for index in range(passed, model.blocks):

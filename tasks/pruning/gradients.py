@@ -49,7 +49,7 @@ class GradientParameters(Parameters):
 )
 def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """100 times the l1 or l2 norm, over windows, of each linear weight's gradient of the window's mean loss."""
-    from ..blocks import SavingPace, StoredModel, read_windows, resolve_dtype
+    from ..blocks import SavingPace, StoredModel, note_resumed, read_windows, resolve_dtype
     from ..skeleton import Skeleton
 
     journal = run.journal
@@ -72,10 +72,7 @@ def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibra
                 gradient = _head_gradients(run, stored, skeleton, windows, inputs)
             else:
                 gradient = state.tensors["gradient"]
-        if done:
-            before = round(sum(step["seconds"] for step in journal.steps), 3)
-            run.note("resumed", {"from_block": done, "of": stored.blocks, "recomputed_blocks": done - passed,
-                                 "seconds_before": before})  # fmt: skip
+        note_resumed(run, journal, stored.blocks, done - passed)
         saving = SavingPace(windows.numel() * int(stored.config["hidden_size"]) * 4)
         clock = time.perf_counter()
         for number in range(passed, stored.blocks):
