@@ -22,7 +22,7 @@ class StageResult:
 
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
     its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
-    died before it did).
+    died before it did). shares_by_block: of a stage that removes weights, the share of each block's linear weights.
     """
 
     name: str
@@ -32,6 +32,7 @@ class StageResult:
     artifact: Artifact | None = None
     seconds: float | None = None  # of computing it, now or when it was computed
     peak_memory_bytes: int | None = None
+    shares_by_block: list[float] | None = None
     error: str | None = None
 
 
@@ -74,6 +75,8 @@ class RunResult:
             entry.key, entry.artifact = action.key, action.artifact
             entry.seconds = action.provenance.get("seconds")
             entry.peak_memory_bytes = action.provenance.get("peak_memory_bytes")
+            shares = action.provenance.get("share_of_block")
+            entry.shares_by_block = [shares[str(block)] for block in range(len(shares))] if shares else None
 
 
 def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:

@@ -1,4 +1,4 @@
-"""The report of a run: one row a variant, as HTML, Markdown, CSV and JSON."""
+"""The report of a run: one row a variant, as HTML (with charts), Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -101,8 +101,10 @@ def _csv(document: Mapping[str, Any]) -> str:
 def _html(document: Mapping[str, Any]) -> str:
     from jinja2 import Template
 
+    from .charts import charts
+
     source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     runtimes = sorted({v["runtime"] for v in document["metrics"].values() if "runtime" in v})
     return Template(source, autoescape=True).render(
-        document=document, columns=COLUMNS, rows=rows(document), runtimes=runtimes
+        document=document, columns=COLUMNS, rows=rows(document), runtimes=runtimes, charts=charts(document)
     )

@@ -1,0 +1,129 @@
+"""The report's charts, as SVG to be put into a page: readable in black and white, text drawn as shapes."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARKERS = "os^Dv<>Pp*Xh"
+_LINES = ("-", "--", "-.", ":")
+_MOST_PANELS = 16
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the report: its heading, what it says in words (for those who can't see it), and the SVG."""
+
+    title: str
+    words: str
+    svg: str
+
+
+def charts(document: Mapping[str, Any]) -> list[Chart]:
+    """All charts for which the document of `run --json` has figures."""
+    found = [perplexity_by_sparsity(document), shares_by_block(document)]
+    return [chart for chart in found if chart is not None]
+
+
+def curves(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """{stage in the recipe: [(share of the first model's block weights removed, perplexity)]}, by rising share.
+
+    A stage's variants of a matrix are one curve: "wanda[sparsity=0.5]" belongs to "wanda".
+    """
+    metrics = document["metrics"]
+    sources = [stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"]
+    whole = metrics.get(sources[0], {}).get("linear_weights") if len(sources) == 1 else None
+    found: dict[str, list[tuple[float, float]]] = {}
+    for variant in document["variants"]:
+        values = metrics.get(variant, {})
+        if variant in sources or "perplexity" not in values or "sparsity" not in values:
+            continue
+        left = (1 - values["sparsity"]) * (values["linear_weights"] / whole if whole else 1)
+        found.setdefault(re.sub(r"\[.*\]$", "", variant), []).append((max(0.0, 1 - left), values["perplexity"]))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
+    """Perplexity against what was removed, a curve a stage; None unless one has several points."""
+    found = curves(document)
+    if not any(len({share for share, _ in points}) > 1 for points in found.values()):
+        return None
+    figure, (axes,) = _figure(1, 4.2)
+    for number, (name, points) in enumerate(found.items()):
+        axes.plot(
+            [100 * share for share, _ in points],
+            [perplexity for _, perplexity in points],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_LINES[number // 2 % len(_LINES)],
+            label=name,
+        )
+    sources = [stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"]
+    for source in sources:
+        if "perplexity" in document["metrics"].get(source, {}):
+            value = document["metrics"][source]["perplexity"]
+            axes.axhline(value, color="0.5", linewidth=1)
+            axes.annotate(f"{source} {value:.1f}", (1, value), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", color="0.3", fontsize=9)  # fmt: skip
+    values = [perplexity for points in found.values() for _, perplexity in points]
+    if max(values) > 8 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("block weights removed, %")
+    axes.set_ylabel("perplexity" + (", logarithmic" if axes.get_yscale() == "log" else ""))
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{perplexity:.1f} at {100 * share:.0f} %" for share, perplexity in points)
+        for name, points in found.items()
+    )
+    return Chart("Perplexity against what was removed", words, _svg(figure))
+
+
+def shares_by_block(document: Mapping[str, Any]) -> Chart | None:
+    """The share removed of each block, bars for each stage whose blocks differ; None when none do."""
+    stages = [stage for stage in document["stages"] if _differ(stage.get("shares_by_block") or [])]
+    if not stages:
+        return None
+    shown = stages[:_MOST_PANELS]
+    figure, panels = _figure(len(shown), 1.3 * len(shown) + 0.6)
+    for axes, stage in zip(panels, shown, strict=True):
+        shares = [100 * share for share in stage["shares_by_block"]]
+        axes.bar(range(len(shares)), shares, color="0.45")
+        room = max(max(shares) - min(shares), 1e-9)
+        axes.set_ylim(max(0.0, min(shares) - room), max(shares) + 0.2 * room)
+        axes.axhline(sum(shares) / len(shares), color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(stage["name"], fontsize=9, loc="left")
+        axes.set_ylabel("%")
+    panels[-1].set_xlabel("block (dashed: the mean of all blocks)")
+    words = "; ".join(
+        f"{stage['name']}: " + ", ".join(f"{100 * share:.1f} %" for share in stage["shares_by_block"])
+        for stage in shown
+    )
+    left = f" The first {len(shown)} of {len(stages)}." if len(stages) > len(shown) else ""
+    return Chart("Share of each block that was removed", words + left, _svg(figure))
+
+
+def _differ(shares: Sequence[float]) -> bool:
+    return bool(shares) and max(shares) - min(shares) > 0.002
+
+
+def _figure(panels: int, height: float) -> tuple[Figure, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, height), layout="constrained", facecolor="white")
+    return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "coldpress"}):  # equal charts are equal bytes
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

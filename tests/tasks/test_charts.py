@@ -1,0 +1,45 @@
+"""The report's charts: which figures they show, and when there is something to show."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+from coldpress.tasks.reporting.charts import charts, curves, perplexity_by_sparsity, shares_by_block
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    weights = {"linear_weights": 1000, "sparsity": 0.0}
+    stages = [{"name": "base", "stage": "source/model"}]
+    metrics = {
+        "base": {**weights, "perplexity": 10.0},
+        "wanda[sparsity=0.7]": {**weights, "sparsity": 0.7, "perplexity": 500.0},
+        "wanda[sparsity=0.5]": {**weights, "sparsity": 0.5, "perplexity": 20.0},
+        "narrow": {**weights, "linear_weights": 800, "perplexity": 14.0},
+        "failed": {},
+    }
+    stages += [{"name": name, "stage": "prune/x"} for name in metrics if name != "base"]
+    return {"stages": stages, "variants": list(metrics), "metrics": metrics, **changes}
+
+
+def test_a_matrix_is_one_curve_by_the_share_of_the_first_models_weights() -> None:
+    assert curves(document()) == {"wanda": [(0.5, 20.0), (0.7, 500.0)], "narrow": [(0.19999999999999996, 14.0)]}
+
+
+def test_curves_are_drawn_when_one_has_several_points() -> None:
+    chart = perplexity_by_sparsity(document())
+    assert chart is not None
+    assert "wanda: 20.0 at 50 %, 500.0 at 70 %" in chart.words
+    assert ElementTree.fromstring(chart.svg).tag.endswith("svg")
+    assert chart == perplexity_by_sparsity(document())  # equal figures, equal bytes
+    assert perplexity_by_sparsity(document(variants=["base", "narrow", "failed"])) is None
+
+
+def test_bars_are_drawn_for_stages_whose_blocks_differ() -> None:
+    shares = {"even": [0.5, 0.5], "uneven": [0.4, 0.6]}
+    stages = [{"name": name, "stage": "prune/x", "shares_by_block": values} for name, values in shares.items()]
+    chart = shares_by_block(document(stages=stages))
+    assert chart is not None
+    assert chart.words == "uneven: 40.0 %, 60.0 %"
+    assert shares_by_block(document(stages=stages[:1])) is None
+    assert charts(document(stages=[], variants=[])) == []
