@@ -176,6 +176,8 @@ class Builder:
         before = len(self.problems)
         inputs = {role: entry[role] for role in stage.inputs if role in entry}
         for role, kind in stage.inputs.items():
+            if role not in entry and role in stage.passed_on:
+                continue
             if role not in entry:
                 there = sorted(self.data) if kind == "tokens" else sorted(self.instances.keys() - {name})
                 self.problem(f"{label} needs '{role}', the name of a {kind}; there is {', '.join(there)}", *path)
@@ -198,31 +200,46 @@ class Builder:
         checked: dict[tuple[Any, ...], Parameters | None] = {}
         for values in expand_matrix(matrix):
             where = (*path, "matrix") if values else path
-            checked[values] = self.parameters(stage, {**fixed, **dict(values)}, where, label)
+            checked[values] = parameters = self.parameters(stage, {**fixed, **dict(values)}, where, label)
+            if parameters is not None:
+                self._check_passed_on(stage, parameters, inputs, path, label)
         if len(self.problems) > before or any(name in self.broken for name in inputs.values()):
             return False
 
-        upstream = [self.instances[inputs[role]] for role, kind in stage.inputs.items() if kind != "tokens"]
+        kinds = {role: kind for role, kind in stage.inputs.items() if role in inputs}
+        upstream = [self.instances[inputs[role]] for role, kind in kinds.items() if kind != "tokens"]
         for values, parameters in checked.items():
             assert parameters is not None
             for joined in join_instances(name, upstream, values):
                 node_inputs: dict[str, str] = {}
                 chosen = iter(joined.chosen)
                 root = ""
-                for role, kind in stage.inputs.items():
+                for role, kind in kinds.items():
                     if kind != "tokens":
                         node_inputs[role] = next(chosen)
                         root = root or self.nodes[node_inputs[role]].root
-                for role, kind in stage.inputs.items():
+                for role, kind in kinds.items():
                     if kind == "tokens":
                         node_inputs[role] = self._tokens(inputs[role], root)
                 line = self.document.line(*path)
                 for role, (asked, further) in stage.derived(parameters).items():
                     node_inputs[role] = self._derived(CATALOGUE[asked], further, node_inputs, line, root)
+                for role in stage.passed_on:
+                    node_inputs.pop(role, None)
                 name_of = joined.instance.name
                 self.nodes[name_of] = Node(name_of, stage, parameters, node_inputs, line, root)
                 self.instances[name].append(joined.instance)
         return True
+
+    def _check_passed_on(
+        self, stage: Stage, parameters: Parameters, inputs: Mapping[str, str], path: Path, label: str
+    ) -> None:
+        """What a stage derives needs the inputs that it passes on."""
+        for asked, _ in stage.derived(parameters).values():
+            for role in CATALOGUE[asked].inputs.keys() - inputs.keys():
+                kind = stage.inputs[role]
+                there = ", ".join(sorted(self.data)) or "none yet"
+                self.problem(f"{label} needs '{role}' for {asked}, the name of a {kind} entry; there is {there}", *path)
 
     def _check_reference(self, name: str, role: str, kind: str, value: Any, section: Mapping[str, Any]) -> None:
         path: Path = ("stages", name, role)

@@ -166,6 +166,17 @@ class ArtifactWriter:
             self._tensors[name] = entry = source.tensors[name]
             self._blobs[entry.blob] = source.blobs[entry.blob]
 
+    def share_as(self, source: Manifest, names: Mapping[str, str]) -> None:
+        """Take over tensors and masks of another artifact under other names, {new: old}; one may be taken repeatedly.
+
+        No bytes are read or written: all names of a tensor point at the same blob.
+        """
+        for new, old in names.items():
+            for entries, taken in ((source.tensors, self._tensors), (source.masks, self._masks)):
+                if old in entries:
+                    taken[new] = entry = entries[old]
+                    self._blobs[entry.blob] = source.blobs[entry.blob]
+
     def part(self, tensors: Iterable[str], masks: Iterable[str]) -> dict[str, Any]:
         """Where the named tensors and masks are, as JSON; all of them settled. `take_over` is its inverse."""
         parts = {name: self._tensors[name] for name in tensors}, {name: self._masks[name] for name in masks}

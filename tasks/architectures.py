@@ -6,7 +6,7 @@ how checkpoint files name things. `family_of(config)` refuses what is not listed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ class Family:
     blocks: prefix of the blocks' parameters, without the number. linears: in the order in which a forward pass
     meets them. width: the config's name for the FFN width. renamed: parameter name -> name in checkpoint files.
     not_weights: endings of entries in old checkpoint files that are no parameters.
+    bias_keys: (module within a block, the config's switch that gives all its linear layers a bias).
+    any_head_count: whether the stock config takes numbers of heads that do not divide the hidden size.
+    always_biased: whether all linear layers have biases without a switch.
     """
 
     name: str
@@ -47,6 +50,9 @@ class Family:
     width: str = "intermediate_size"
     renamed: tuple[tuple[str, str], ...] = ()
     not_weights: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    bias_keys: tuple[tuple[str, str], ...] = ()
+    any_head_count: bool = False
+    always_biased: bool = False
 
     def block_prefix(self, index: int) -> str:
         """ "model.layers.3." """
@@ -83,10 +89,33 @@ GATED = (
 )
 
 FAMILIES = (
-    Family("Llama", ("llama",), "model.layers", GATED),
-    Family("Mistral", ("mistral",), "model.layers", GATED),
-    Family("Qwen", ("qwen2", "qwen3"), "model.layers", GATED),
-    Family("Gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", GATED),
+    Family(
+        "Llama",
+        ("llama",),
+        "model.layers",
+        GATED,
+        bias_keys=(("self_attn", "attention_bias"), ("mlp", "mlp_bias")),
+    ),
+    Family("Mistral", ("mistral",), "model.layers", GATED, any_head_count=True),
+    Family("Qwen 2", ("qwen2",), "model.layers", GATED, any_head_count=True),
+    Family(
+        "Qwen 3",
+        ("qwen3",),
+        "model.layers",
+        GATED,
+        bias_keys=(("self_attn", "attention_bias"),),
+        any_head_count=True,
+    ),
+    Family(
+        "Gemma", ("gemma",), "model.layers", GATED, bias_keys=(("self_attn", "attention_bias"),), any_head_count=True
+    ),
+    Family(
+        "Gemma 2 and 3",
+        ("gemma2", "gemma3_text"),
+        "model.layers",
+        GATED,
+        bias_keys=(("self_attn", "attention_bias"),),
+    ),
     Family(
         "OPT",
         ("opt",),
@@ -100,6 +129,7 @@ FAMILIES = (
             Linear("fc2", "mlp activation", "width", "hidden"),
         ),
         width="ffn_dim",
+        always_biased=True,
     ),
     Family(
         "GPT-NeoX",
@@ -113,6 +143,7 @@ FAMILIES = (
         ),
         renamed=(("lm_head.weight", "embed_out.weight"),),
         not_weights=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+        always_biased=True,
     ),
 )
 
@@ -150,6 +181,99 @@ def dimension(config: Mapping[str, Any], word: str, family: Family) -> int:
         case "width":
             return int(config[family.width])
     raise AssertionError(word)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What width pruning can make smaller in a block.
+
+    groups: key-value heads, each with the `heads_per_group` query heads that read it, all of `head` features; 0 where
+    the family's attention cannot lose heads. channels: the FFN's width. group_weights, channel_weights: how many
+    weights of the block's linear layers go with one of them; weights: how many there are in all.
+    """
+
+    groups: int
+    heads_per_group: int
+    head: int
+    channels: int
+    group_weights: int
+    channel_weights: int
+    weights: int
+
+
+def widths(config: Mapping[str, Any]) -> Widths:
+    """How wide the blocks of a model are."""
+    family = family_of(config)
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    groups = int(config.get("num_key_value_heads") or heads)
+    shared = {"query": heads * head // groups, "key": head}
+    group_weights = channel_weights = weights = 0
+    for linear in family.linears:
+        rows, columns = (dimension(config, word, family) for word in (linear.outputs, linear.inputs))
+        weights += rows * columns
+        group_weights += shared.get(linear.outputs, 0) * columns + shared.get(linear.inputs, 0) * rows
+        channel_weights += (linear.outputs == "width") * columns + (linear.inputs == "width") * rows
+    return Widths(
+        groups=groups if group_weights else 0,
+        heads_per_group=heads // groups,
+        head=head,
+        channels=dimension(config, "width", family),
+        group_weights=group_weights,
+        channel_weights=channel_weights,
+        weights=weights,
+    )
+
+
+def narrowed_config(
+    config: Mapping[str, Any], groups: int, channels: int, biased: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The config.json of a model whose blocks have so many key-value groups and FFN channels.
+
+    biased: modules within the blocks ("self_attn", "mlp") whose linear layers are to have biases. A Llama whose number
+    of heads `transformers` refuses, since it does not divide the hidden size, becomes a Mistral, which computes the
+    same. Raises UnsupportedModel where no stock config says what is asked.
+    """
+    family, before = family_of(config), widths(config)
+    narrowed = {**config, family.width: channels}
+    switches = dict(family.bias_keys)
+    for module in biased:
+        if module not in switches:
+            raise UnsupportedModel(f"{family.name} models have no place for biases in {module}; set bias to false")
+        narrowed[switches[module]] = True
+    if groups == before.groups:
+        return narrowed
+    heads = groups * before.heads_per_group
+    narrowed.update(num_attention_heads=heads, num_key_value_heads=groups, head_dim=before.head)
+    if int(config["hidden_size"]) % heads and not family.any_head_count:
+        if family.name != "Llama":
+            raise UnsupportedModel(
+                f"{family.name} models in transformers need a number of heads that divides the hidden size of "
+                f"{config['hidden_size']}, which {heads} does not; choose another sparsity, or set parts to ffn"
+            )
+        if any(narrowed.get(key) for key in switches.values()):
+            raise UnsupportedModel(
+                f"{heads} heads don't divide the hidden size of {config['hidden_size']}: such a Llama is written as a "
+                "Mistral, which has no place for biases; set bias to false, or parts to ffn"
+            )
+        for key in (*switches.values(), "pretraining_tp"):
+            narrowed.pop(key, None)
+        narrowed.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
+    return narrowed
+
+
+def arranged_config(
+    config: Mapping[str, Any], order: Sequence[int], layer_types: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The config.json of a model whose blocks are those of `config` in the given order.
+
+    layer_types: the kind of attention of each present block, where the family tells kinds apart.
+    """
+    arranged = {**config, "num_hidden_layers": len(order)}
+    types = layer_types or config.get("layer_types")
+    if types:
+        arranged["layer_types"] = [types[index] for index in order]
+    return arranged
 
 
 def block_count(config: Mapping[str, Any]) -> int:

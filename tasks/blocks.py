@@ -32,7 +32,7 @@ class Block:
     weights: {linear weight's full name: [out_features, in_features]}, as stored, in the storage dtype, on the device.
     statistics: what was gathered for each of those layers; layers that read the same input share one object.
     masks: {full name: bool, True where kept} of those that were pruned before.
-    linears: what each weight is for.
+    linears: what each weight is for. rest: the block's other tensors (norms, biases), as stored, on the device.
     """
 
     index: int
@@ -41,6 +41,7 @@ class Block:
     statistics: Mapping[str, Any]
     masks: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
+    rest: Mapping[str, Tensor]
 
     def by_input(self) -> list[list[str]]:
         """The block's weights, those that read the same input together."""
@@ -48,6 +49,12 @@ class Block:
         for name, linear in self.linears.items():
             groups.setdefault(linear.reads, []).append(name)
         return list(groups.values())
+
+    def removal_notes(self, removed: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Notes for the provenance on what a pruner removed: the share of each weight, and of the block's weights."""
+        sizes = {name: self.weights[name].numel() for name in removed}
+        gone = sum(share * sizes[name] for name, share in removed.items())
+        return {"sparsity": dict(removed), "share_of_block": {str(self.index): gone / sum(sizes.values())}}
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,7 @@ def run_blocks(
                 statistics=statistics,
                 masks={n: mask.to(run.device) for n, mask in model.reader.masks(model.linear_shapes(index)).items()},
                 linears=linears,
+                rest={name: tensor.to(run.device) for name, tensor in stored.items() if name not in linears},
             )
             # Here, since methods leave processors idle that a pass through the block keeps busy.
             model.prefetch(index + 1)
@@ -321,12 +329,14 @@ def stream_hidden(
     windows: Tensor,
     what: str,
     visit: Callable[[int, dict[str, Tensor], Tensor], Mapping[str, Any]] = lambda index, weights, hidden: {},
+    advance: Callable[[int, dict[str, Tensor], Tensor], Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Any]]]:
     """Send windows through all blocks as they are.
 
     Returns the last block's outputs [windows, length, hidden], the tensors outside the blocks, and what
     `visit(index, weights, inputs)` made of each block's weights, named relative to it, and inputs: a JSON record, which
-    is committed to the journal with the block.
+    is committed to the journal with the block. advance: replaces the inputs by what the next block is to get, in other
+    ways than sending all windows through the block, and may add to the record.
     """
     journal = run.journal
     assert journal is not None
@@ -346,7 +356,10 @@ def stream_hidden(
         except Preempted:
             journal.save_state(index, {"hidden": hidden}, {})
             raise
-        skeleton.advance(index, dense, hidden)
+        if advance is None:
+            skeleton.advance(index, dense, hidden)
+        else:
+            record = {**record, **advance(index, dense, hidden)}
         del dense  # before the next block is read
         if index >= done:
             now = time.perf_counter()

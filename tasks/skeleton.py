@@ -84,7 +84,7 @@ class Skeleton:
 
     def advance(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
         """Replace windows [windows, length, hidden], wherever they are kept, by the outputs of block `index`."""
-        for part in _parts(hidden):
+        for part in parts(hidden):
             part.copy_(self.forward_block(index, weights, part.to(self.device)))
 
     def gather(
@@ -117,7 +117,7 @@ class Skeleton:
             block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
         ]
         try:
-            for part in _parts(hidden):
+            for part in parts(hidden):
                 before_each()
                 left = len(wanted)
                 with _ignoring_stop():
@@ -206,7 +206,7 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
     return device if math.prod(shape) * dtype.itemsize <= free / 2 else "cpu"
 
 
-def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
+def parts(hidden: Tensor) -> tuple[Tensor, ...]:
     """Views of windows [windows, length, hidden] that go through a block together."""
     return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 

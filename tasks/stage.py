@@ -100,7 +100,8 @@ class Stage:
 
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
-    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read.
+    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read. passed_on: those of its inputs
+    that it does not read itself, only what it derives; a recipe gives them when something is derived.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
     """
@@ -119,6 +120,7 @@ class Stage:
     accepts: frozenset[str]
     content: Callable[[Any], dict[str, Any]] | None
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]]
+    passed_on: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -151,6 +153,7 @@ def stage(
     accepts: frozenset[str] = frozenset({"dense"}),
     content: Callable[[Any], dict[str, Any]] | None = None,
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]] = lambda parameters: {},
+    passed_on: frozenset[str] = frozenset(),
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -158,7 +161,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content, derived,
+            content, derived, passed_on,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry

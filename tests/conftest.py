@@ -222,6 +222,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_stage(store: Store) -> Callable[..., Artifact]:
     """`run_stage("prune/wanda", {"model": base, …}, sparsity=0.5)`: runs a stage of the catalogue on `store`.
 
+    Before it runs what it derives, as recipes do.
+
     Checks what holds for every stage: nothing is cached before, the result is of the promised kind and whole, and
     afterwards the same call finds it.
     """
@@ -232,6 +234,12 @@ def run_stage(store: Store) -> Callable[..., Artifact]:
         target = on or store
         entry = stage_named(name)
         values = entry.parameters(**parameters)
+        derived = {
+            role: run(asked, {taken: inputs[taken] for taken in stage_named(asked).inputs}, on, **further)
+            for role, (asked, further) in entry.derived(values).items()
+            if role not in inputs
+        }
+        inputs = {role: one for role, one in {**inputs, **derived}.items() if role not in entry.passed_on}
         found = lookup(target, entry, values, inputs)
         if found is None:
             artifact = compute(Run(target), entry, values, inputs).artifact

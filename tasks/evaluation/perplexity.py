@@ -52,10 +52,7 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
         windows = read_windows(run, data, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
         hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "scoring")
-        losses = []
-        for window, inputs in zip(windows, hidden, strict=True):
-            features = skeleton.finish(outer, inputs[None].to(run.device))[0]
-            losses.append(window_loss(skeleton, outer, features, window.to(run.device)))
+        losses = window_losses(skeleton, outer, windows, hidden, run.device)
     mean = math.fsum(losses) / len(losses)
     if not math.isfinite(mean):
         raise StageError("the loss is not a finite number: the model's weights or activations overflow in this dtype")
@@ -70,6 +67,17 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
         }
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()
+
+
+def window_losses(
+    skeleton: Skeleton, outer: Mapping[str, Tensor], windows: Tensor, hidden: Tensor, device: str
+) -> list[float]:
+    """`window_loss` of each window [windows, length], given the last block's outputs [windows, length, hidden]."""
+    losses = []
+    for window, outputs in zip(windows, hidden, strict=True):
+        features = skeleton.finish(outer, outputs[None].to(device))[0]
+        losses.append(window_loss(skeleton, outer, features, window.to(device)))
+    return losses
 
 
 def window_loss(skeleton: Skeleton, outer: Mapping[str, Tensor], features: Tensor, window: Tensor) -> float:

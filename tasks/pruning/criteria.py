@@ -26,6 +26,17 @@ def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
     return (weight * input_norm.float()).abs_()
 
 
+def wanda_cumulative_score(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """The share of its row's Wanda scores that a weight and all lower ones make up; the published code's variant.
+
+    In float32, [out_features, in_features]. Removing the lowest of the whole matrix removes as large a share of the
+    scores of every row, and so more weights where few matter: what the code finds by bisection, with the exact count.
+    """
+    score, order = wanda_score(weight, input_norm).sort(dim=1, stable=True)
+    total = score.sum(1, keepdim=True).clamp(min=1e-30)
+    return score.cumsum(1).div_(total).gather(1, order.argsort(dim=1))
+
+
 def gblm_score(weight: Tensor, input_norm: Tensor, gradient: Tensor) -> Tensor:
     """|W| * (||X_j||_2 + alpha ||G||_p) in float32, [out_features, in_features]. Das et al. 2023.
 
@@ -64,6 +75,9 @@ class Criterion:
 CRITERIA = {
     "magnitude": Criterion(magnitude_score, (), "matrix", 1, "Han et al. 2015, arXiv:1506.02626"),
     "wanda": Criterion(wanda_score, ("input_norm",), "row", 1, "Sun et al. 2023, arXiv:2306.11695"),
+    "wanda-cumulative": Criterion(
+        wanda_cumulative_score, ("input_norm",), "matrix", 1, "Sun et al. 2023, the published code's variant"
+    ),
     "gblm": Criterion(gblm_score, ("window_norm", "gradient"), "row", 1, "Das et al. 2023, arXiv:2311.04902"),
     "pruner-zero": Criterion(pruner_zero_score, ("gradient",), "row", 1, "Dong et al. 2024, arXiv:2406.02924"),
 }

@@ -1,4 +1,4 @@
-"""Gradients of the dense model's loss as a cached `statistics` artifact, which GBLM and Pruner-Zero take.
+"""Statistics of the gradients of the dense model's loss, as cached artifacts: for GBLM and Pruner-Zero, and Taylor's.
 
 Memory stays that of a block: a first pass leaves every block's inputs in temporary files; then each block, from the
 last to the first, is run again window by window with its weights as leaves, and sends the gradient of its inputs on.
@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
 
 from ...storage.artifacts import Artifact, ArtifactWriter
+from ..architectures import Linear, Widths, widths
 from ..stage import Parameters, Run, StageError, stage
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from ..skeleton import Skeleton
 
 SCALE = 100.0  # the alpha of GBLM, inside the stored gradients as in its files
+
+
+class TaylorParameters(Parameters):
+    """Parameters of Taylor's estimates."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of both passes; auto is the checkpoint's own"
+    )
 
 
 class GradientParameters(Parameters):
@@ -49,6 +58,139 @@ class GradientParameters(Parameters):
 )
 def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """100 times the l1 or l2 norm, over windows, of each linear weight's gradient of the window's mean loss."""
+
+    def norms(stored: StoredModel, index: int, dense: Mapping[str, Tensor]) -> Sums:
+        names = [f"{linear.name}.weight" for linear in stored.family.linears]
+        return _Norms({name: dense[name] for name in names}, parameters.norm)
+
+    return _backward(run, parameters.dtype, model, calibration, norms)
+
+
+@stage(
+    "statistics",
+    "taylor",
+    version=1,
+    parameters=TaylorParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="statistics",
+    paper="Ma et al. 2023 (LLM-Pruner), section 3.2, arXiv:2305.11627; Kim et al. 2024, arXiv:2402.02834",
+)
+def taylor(run: Run, parameters: TaylorParameters, model: Artifact, calibration: Artifact) -> Artifact:
+    """What the loss changes without a group of heads, an FFN channel or a block: w g, w^2 g^2 / 2 and combinations."""
+
+    def sums(stored: StoredModel, index: int, dense: Mapping[str, Tensor]) -> Sums:
+        return TaylorSums(dense, stored.family.linears, widths(stored.config))
+
+    return _backward(run, parameters.dtype, model, calibration, sums)
+
+
+class Sums(Protocol):
+    """What is summed over the windows of the gradients of a block's weights.
+
+    names: of the weights whose gradients it takes, relative to the block.
+    """
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add one window's gradients, by name relative to the block, of any floating dtype."""
+        ...
+
+    def result(self) -> dict[str, Tensor]:
+        """What is stored of the block, by name relative to it, in float32."""
+        ...
+
+
+class _Norms:
+    def __init__(self, weights: Mapping[str, Tensor], norm: str) -> None:
+        import torch
+
+        self._norm = norm
+        self.names: Collection[str] = weights.keys()
+        self._sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, total in self._sums.items():
+            scaled = gradients[name].float().mul_(SCALE)
+            total.add_(scaled.abs_() if self._norm == "l1" else scaled.square_())
+
+    def result(self) -> dict[str, Tensor]:
+        return {name: total if self._norm == "l1" else total.sqrt_() for name, total in self._sums.items()}
+
+
+class TaylorSums:
+    """Taylor's estimates of what the loss changes when parts of a block are removed. Ma et al. 2023, eq. 5 and 7.
+
+    With g the mean over the windows of a weight's gradient and f that of its square: `param_first` sums |w g| over a
+    part's weights, `param_second` w^2 f, `param_mix` |w g - w^2 f / 2|, and `vectorize` |sum w g| over its rows
+    or columns. Stored as "group.<option>" [key-value groups] and "channel.<option>" [FFN channels]; "block" [1] is the
+    sum of |w g| over all of the block's weights, norms included (Kim et al. 2024, eq. 3).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], linears: Sequence[Linear], widths: Widths) -> None:
+        import torch
+
+        self.names: Collection[str] = weights.keys()
+        self._weights = weights
+        self._linears = linears
+        self._widths = widths
+        self._windows = 0
+        self._first = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        names = [f"{linear.name}.weight" for linear in linears]
+        self._second = {name: torch.zeros_like(self._first[name]) for name in names}
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        self._windows += 1
+        for name, gradient in gradients.items():
+            self._first[name].add_(gradient)
+            if name in self._second:
+                self._second[name].add_(gradient.float().square_())
+
+    def result(self) -> dict[str, Tensor]:
+        import torch
+
+        parts: dict[str, Tensor] = {}
+        changes = {}
+        for name, total in self._first.items():
+            changes[name] = total.mul_(self._weights[name].float()).div_(self._windows)
+        for linear in self._linears:
+            name = f"{linear.name}.weight"
+            first = changes[name]
+            second = self._second.pop(name).mul_(self._weights[name].float().square()).div_(self._windows)
+            estimates = {
+                "param_first": first.abs(),
+                "param_second": second,
+                "param_mix": (first - second / 2).abs_(),
+                "vectorize": first,
+            }
+            for part, count, dim in parts_of(linear, self._widths):
+                for option, estimate in estimates.items():
+                    lines = estimate.sum(dim).abs_()  # one for each row, or each column
+                    scores = lines.view(count, -1).sum(1)
+                    key = f"{part}.{option}"
+                    parts[key] = parts[key].add_(scores) if key in parts else scores
+        parts["block"] = torch.stack([change.abs_().sum() for change in changes.values()]).sum().view(1)
+        return parts
+
+
+def parts_of(linear: Linear, widths: Widths) -> Iterator[tuple[str, int, int]]:
+    """Of which parts a linear layer holds weights: (part, how many there are, the dimension to sum over)."""
+    for word, dim in ((linear.outputs, 1), (linear.inputs, 0)):
+        if word in ("query", "key"):
+            yield "group", widths.groups, dim
+        elif word == "width":
+            yield "channel", widths.channels, dim
+
+
+def _backward(
+    run: Run,
+    dtype: str,
+    model: Artifact,
+    calibration: Artifact,
+    sums: Callable[[StoredModel, int, Mapping[str, Tensor]], Sums],
+) -> Artifact:
+    """Send the loss's gradient back through all blocks; `sums(stored, index, weights)` begins what is summed of one."""
     from ..blocks import SavingPace, StoredModel, note_resumed, read_windows, resolve_dtype
     from ..skeleton import Skeleton
 
@@ -60,7 +202,7 @@ def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibra
         tempfile.TemporaryDirectory(prefix="coldpress-gradients-") as folder,
     ):
         windows = read_windows(run, calibration, stored)
-        skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
+        skeleton = Skeleton(stored.config, resolve_dtype(dtype, stored), run.device)
         done = len(journal.steps)
         for step in journal.steps:
             writer.take_over(step)
@@ -77,13 +219,13 @@ def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibra
         clock = time.perf_counter()
         for number in range(passed, stored.blocks):
             index = stored.blocks - 1 - number
-            sums = _through_block(run, stored, skeleton, index, inputs.pop(index), gradient, parameters.norm)
+            measured = _through_block(run, stored, skeleton, index, inputs.pop(index), gradient, sums)
             if number < done:
                 continue
-            writer.add_tensors(sums, stored.family.block_prefix(index))
+            writer.add_tensors(measured, stored.family.block_prefix(index))
             writer.settle()
             now = time.perf_counter()
-            journal.commit({**writer.part(sums, []), "seconds": round(now - clock, 3)})
+            journal.commit({**writer.part(measured, []), "seconds": round(now - clock, 3)})
             clock = now
             run.progress("gradients", number + 1, stored.blocks)
             if number + 1 < stored.blocks:
@@ -144,14 +286,14 @@ def _through_block(
     index: int,
     inputs: Tensor,
     gradient: Tensor,
-    norm: str,
+    sums: Callable[[StoredModel, int, Mapping[str, Tensor]], Sums],
 ) -> dict[str, Tensor]:
-    """Norms of the gradients of a block's linear weights; `gradient`, by its outputs, becomes that by its inputs."""
+    """What was summed of a block's gradients; `gradient`, by its outputs, becomes that by its inputs."""
     import torch
 
     dense = stored.dense(index, skeleton.dtype)
-    names = [f"{linear.name}.weight" for linear in stored.linears(index).values()]
-    sums = {name: torch.zeros(dense[name].shape, dtype=torch.float32, device=run.device) for name in names}
+    summed = sums(stored, index, dense)
+    names = list(summed.names)
     for name in names:
         dense[name].requires_grad_()
     for number in range(len(inputs)):
@@ -161,14 +303,12 @@ def _through_block(
             upstream = gradient[number][None].to(run.device)
             onward, *found = torch.autograd.grad(output, [hidden, *(dense[name] for name in names)], upstream)
         gradient[number] = onward[0].cpu()
-        for name, one in zip(names, found, strict=True):
-            scaled = one.float().mul_(SCALE)
-            sums[name].add_(scaled.abs_() if norm == "l1" else scaled.square_())
-    if norm == "l2":
-        for total in sums.values():
-            total.sqrt_()
+        with torch.no_grad():
+            summed.add(dict(zip(names, found, strict=True)))
     prefix = stored.family.block_prefix(index)
-    for name, total in sums.items():
+    with torch.no_grad():
+        result = summed.result()
+    for name, total in result.items():
         if not bool(total.isfinite().all()):
             raise StageError(f"the gradient of {prefix}{name} is not finite; set dtype to float32")
-    return {prefix + name: total.cpu() for name, total in sums.items()}
+    return {prefix + name: total.cpu() for name, total in result.items()}

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
 from ..architectures import block_count, family_of
 from ..stage import ModelFacts, Parameters, Run, StageError, stage
-from .allocation import ALLOCATIONS
+from .allocation import ALLOCATIONS, mixed_patterns, rmi_shares_slsqp
 from .criteria import CRITERIA, Criterion, InputNorm
 from .selection import Pattern, apply_mask, keep_by_matrix, keep_by_pattern, keep_by_row, parse_pattern
 
@@ -39,6 +39,10 @@ class PruneParameters(Parameters):
     outlier_threshold: float = Field(
         5.0, gt=0, description="for owl: a score is an outlier above so many times its block's mean"
     )
+    rmi_solver: Literal["exact", "slsqp"] = Field(
+        "exact", description="for rmi: the exact linear program, or where LoSA's code stops early (slsqp)"
+    )
+    rmi_beta: float = Field(1.0, gt=0, description="for slsqp: LoSA's code has 1 for Wanda, 100 for SparseGPT")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; auto is the checkpoint's own"
     )
@@ -54,32 +58,62 @@ class PruneParameters(Parameters):
                 )
         elif self.sparsity is None:
             raise ValueError("say how much to prune: 'sparsity: 0.5', or 'pattern: \"2:4\"'")
-        if self.allocation != "uniform" and self.pattern is not None:
-            raise ValueError("allocation gives each block a share of its own, which a pattern has no room for")
         if not isinstance(self.allocation, str):
             self._check_shares(self.allocation)
         if self.spread is not None and self.allocation not in ALLOCATIONS:
             raise ValueError(f"spread is for the allocations {' and '.join(ALLOCATIONS)}")
+        if self.rmi_solver != "exact" and self.allocation != "rmi":
+            raise ValueError("rmi_solver is for 'allocation: rmi'")
+        if self.rmi_beta != 1 and self.rmi_solver != "slsqp":
+            raise ValueError("rmi_beta is for 'rmi_solver: slsqp'; the exact solution does not depend on it")
+        if self.allocation in ALLOCATIONS and self.pattern is not None:
+            mixed_patterns([], parse_pattern(self.pattern))
         return self
+
+    @property
+    def mean(self) -> float:
+        """The share removed of all blocks together."""
+        if self.pattern is None:
+            assert self.sparsity is not None
+            return self.sparsity
+        pattern = parse_pattern(self.pattern)
+        return 1 - pattern.kept / pattern.group
 
     def _check_shares(self, rates: tuple[float, ...]) -> None:
         wrong = [rate for rate in rates if not 0 <= rate < 1]
         if wrong:
             raise ValueError(f"allocation has {wrong[0]}; each block's share must be at least 0 and below 1")
         mean = sum(rates) / max(1, len(rates))
-        if self.sparsity is not None and abs(mean - self.sparsity) > 1e-4:
-            raise ValueError(
-                f"the mean of allocation is {mean:.4f}, but sparsity is {self.sparsity}; change the rates or sparsity"
-            )
+        if abs(mean - self.mean) > 1e-4:
+            asked = f"sparsity is {self.sparsity}" if self.pattern is None else f"'{self.pattern}' is {self.mean:g}"
+            raise ValueError(f"the mean of allocation is {mean:.4f}, but {asked}; change one of them")
+        if self.pattern is not None:
+            group = parse_pattern(self.pattern).group
+            between = [rate for rate in rates if abs(rate * group - round(rate * group)) > 1e-6]
+            if between:
+                raise ValueError(
+                    f"allocation has {between[0]}, but a group of {group} can only lose whole weights: "
+                    f"write multiples of 1/{group}"
+                )
 
     def shares(self, blocks: int, measured: Sequence[float] | None) -> list[float]:
         """The share removed of each matrix, for every block. measured: what the allocation needs to know of each."""
         if not isinstance(self.allocation, str):
             return list(self.allocation)
-        mean = self.sparsity or 0.0
         if measured is None:
-            return [mean] * blocks
-        return ALLOCATIONS[self.allocation](measured, mean, self.spread)
+            return [self.mean] * blocks
+        if self.rmi_solver == "slsqp":
+            return rmi_shares_slsqp(measured, self.mean, self.spread, self.rmi_beta)
+        return ALLOCATIONS[self.allocation](measured, self.mean, self.spread)
+
+    def patterns(self, shares: Sequence[float]) -> list[Pattern | None]:
+        """The pattern of each block, for the shares of all; None where there is none."""
+        if self.pattern is None:
+            return [None] * len(shares)
+        pattern = parse_pattern(self.pattern)
+        if isinstance(self.allocation, str):
+            return list(mixed_patterns(shares, pattern)) if self.allocation in ALLOCATIONS else [pattern] * len(shares)
+        return [Pattern(round((1 - share) * pattern.group), pattern.group) for share in shares]
 
     def statistics(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """The input that the allocation asks for."""
@@ -125,16 +159,6 @@ def check_pruning(parameters: PruneParameters, facts: ModelFacts) -> Iterator[st
             return
 
 
-def check_uncalibrated(parameters: PruneParameters, facts: ModelFacts) -> Iterator[str]:
-    """Without calibration nothing can be measured."""
-    if parameters.allocation in ALLOCATIONS:
-        yield (
-            f"allocation '{parameters.allocation}' is measured with calibration data, which this method doesn't take; "
-            "write a list of shares, or use another method"
-        )
-    yield from check_pruning(parameters, facts)
-
-
 def _masked(parameters: PruneParameters, facts: ModelFacts) -> ModelFacts:
     return ModelFacts(facts.config, facts.format, masked=True)
 
@@ -151,18 +175,17 @@ def _prune(
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
     from .statistics import read_blocks
 
-    pattern = parse_pattern(parameters.pattern) if parameters.pattern else None
-
     def change(block: Block) -> Change:
         tensors, masks, removed = {}, {}, {}
-        for name, (weight, keep) in method(block, shares[block.index], pattern).items():
+        for name, (weight, keep) in method(block, shares[block.index], patterns[block.index]).items():
             masks[name] = keep
             tensors[name] = apply_mask(weight.to(block.weights[name].dtype), keep)
             removed[name] = 1 - int(keep.count_nonzero()) / keep.numel()
-        return Change(tensors, frozenset(tensors), masks, {"sparsity": removed})
+        return Change(tensors, frozenset(tensors), masks, block.removal_notes(removed))
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
         shares = parameters.shares(stored.blocks, read_blocks(run.store, measured) if measured else None)
+        patterns = parameters.patterns(shares)
         windows = read_windows(run, calibration, stored) if calibration is not None else None
         run_blocks(
             run,
@@ -210,7 +233,6 @@ def _by_score(criterion: Criterion, windows: int, gradients: ArtifactReader | No
 
 
 def _register(name: str, criterion: Criterion) -> None:
-    calibrated = bool(criterion.needs)
     passes = criterion.needs not in ((), ("gradient",))
     parameters_class = GradientPruneParameters if "gradient" in criterion.needs else PruneParameters
 
@@ -225,9 +247,7 @@ def _register(name: str, criterion: Criterion) -> None:
         windows = run.store.manifest(calibration).tensors["input_ids"].shape[0] if calibration else 0
         with ArtifactReader(run.store, gradients) if gradients else nullcontext() as reader:
             method = _by_score(criterion, windows, reader)
-            return _prune(
-                run, parameters, model, calibration if passes else None, measured, method, InputNorm if passes else None
-            )
+            return _prune(run, parameters, model, calibration, measured, method, InputNorm if passes else None)
 
     prune.__doc__ = criterion.score.__doc__
     stage(
@@ -235,12 +255,13 @@ def _register(name: str, criterion: Criterion) -> None:
         name,
         version=criterion.version,
         parameters=parameters_class,
-        inputs={"model": "checkpoint", "calibration": "tokens"} if calibrated else {"model": "checkpoint"},
+        inputs={"model": "checkpoint", "calibration": "tokens"},
+        passed_on=frozenset() if passes else frozenset({"calibration"}),
         output="checkpoint",
         paper=criterion.paper,
-        check=check_pruning if calibrated else check_uncalibrated,
+        check=check_pruning,
         after=_masked,
-        derived=parameters_class.statistics if calibrated else lambda parameters: {},
+        derived=parameters_class.statistics,
     )(prune)
 
 

@@ -76,7 +76,7 @@ def owl(run: Run, parameters: OwlParameters, model: Artifact, calibration: Artif
 
         return visit
 
-    return _measure(run, parameters, model, calibration, visits, lambda values: values)
+    return measure_blocks(run, parameters, model, calibration, visits)
 
 
 @stage(
@@ -97,7 +97,65 @@ def rmi(run: Run, parameters: StreamParameters, model: Artifact, calibration: Ar
 
         return visit
 
-    return _measure(run, parameters, model, calibration, visits, redundancies)
+    return measure_blocks(run, parameters, model, calibration, visits, redundancies)
+
+
+class FluctuationParameters(StreamParameters):
+    """Parameters of FLAP's fluctuations."""
+
+    metric: Literal["WIFV", "IFV", "WIFN"] = Field(
+        "WIFV", description="weighted input fluctuation, the fluctuation alone, or weighted input norm"
+    )
+
+
+@stage(
+    "statistics",
+    "fluctuation",
+    version=1,
+    parameters=FluctuationParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="statistics",
+    paper="An et al. 2023 (FLAP), section 3.2, arXiv:2312.11983",
+)
+def fluctuation(run: Run, parameters: FluctuationParameters, model: Artifact, calibration: Artifact) -> Artifact:
+    """Mean and FLAP's score of each input of the layers that write to the residual stream, in the dense model.
+
+    Stored for each block as "mean.query", "score.query" [query features], "mean.width" and "score.width" [channels].
+    """
+    import torch
+
+    from ..blocks import StoredModel, gather_statistics, read_windows, resolve_dtype, stream_hidden
+    from ..skeleton import Skeleton
+    from .width import Moments, fluctuation_score
+
+    journal = run.journal
+    assert journal is not None
+    with (
+        StoredModel(run, model) as stored,
+        ArtifactWriter(run.store, "statistics") as writer,
+        torch.no_grad(),
+    ):
+        for step in journal.steps:
+            writer.take_over(step)
+        skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
+        # Only there are parts of the block read that can go; a family that has no heads to lose has one such layer.
+        written = {linear.name: linear for linear in stored.family.linears if linear.inputs in ("query", "width")}
+
+        def visit(index: int, weights: dict[str, Tensor], hidden: Tensor) -> dict[str, Any]:
+            moments = gather_statistics(skeleton, index, weights, hidden, written, Moments, run.stop_if_asked)
+            prefix = stored.family.block_prefix(index)
+            measured = {}
+            for name, linear in written.items():
+                seen: Moments = moments[name]  # type: ignore[assignment]
+                score = fluctuation_score(weights[f"{name}.weight"], seen, parameters.metric)
+                measured[f"{prefix}mean.{linear.inputs}"] = seen.mean()
+                measured[f"{prefix}score.{linear.inputs}"] = score
+            writer.add_tensors(measured, prefix)
+            writer.settle()
+            return writer.part(measured, [])
+
+        stream_hidden(run, stored, skeleton, read_windows(run, calibration, stored), "measuring", visit)
+        return writer.publish()
 
 
 def centred_kernel(inputs: Tensor) -> Tensor:
@@ -122,14 +180,20 @@ def redundancies(kernels: list[Any]) -> list[float]:
     return result
 
 
-def _measure(
+def measure_blocks(
     run: Run,
     parameters: StreamParameters,
     model: Artifact,
     calibration: Artifact,
-    visits: Callable[[StoredModel, Skeleton], Visit],
-    conclude: Callable[[list[Any]], list[float]],
+    visits: Callable[[StoredModel, Skeleton], Visit] | None = None,
+    conclude: Callable[[list[Any]], list[float]] = lambda values: values,
+    advances: Callable[[Skeleton, Tensor], Visit] | None = None,
 ) -> Artifact:
+    """One pass of the windows through the dense model, one figure for each block.
+
+    visits, advances: make what `stream_hidden` takes as `visit` and `advance`; one of them returns {"value": …} for
+    each block. conclude: the figures, from the values of all blocks.
+    """
     import torch
 
     from ..blocks import StoredModel, read_windows, resolve_dtype, stream_hidden
@@ -138,8 +202,17 @@ def _measure(
     with StoredModel(run, model) as stored, torch.no_grad():
         windows = read_windows(run, calibration, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
-        _, _, records = stream_hidden(run, stored, skeleton, windows, "measuring", visits(stored, skeleton))
-    values = conclude([record["value"] for record in records])
+        hooks: dict[str, Visit] = {}
+        if visits is not None:
+            hooks["visit"] = visits(stored, skeleton)
+        if advances is not None:
+            hooks["advance"] = advances(skeleton, windows)
+        _, _, records = stream_hidden(run, stored, skeleton, windows, "measuring", **hooks)
+    return write_blocks(run, conclude([record["value"] for record in records]))
+
+
+def write_blocks(run: Run, values: list[float]) -> Artifact:
+    """A `statistics` artifact with a figure for each block."""
     run.note("blocks", [round(value, 6) for value in values])
     with ArtifactWriter(run.store, "statistics") as writer:
         writer.add_file(_FILE, json_file(values))

@@ -264,3 +264,26 @@ def sparsegpt(
             w[:, column:] -= error[:, None] * u[column, column:]
             w[:, column] *= mask[:, column]
     return w, mask
+
+
+@torch.no_grad()
+def wanda_sp(model: Any, blocks: str, windows: Tensor, heads: int, channels: int) -> list[tuple[list[int], list[int]]]:
+    """Zero the columns of `o_proj` and `down_proj` of so many key-value groups and channels of each block, in place.
+
+    For Llama's names. Returns the (groups, channels) removed of each block.
+    """
+    config = model.config
+    per_group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
+    removed = []
+    for index, inputs in enumerate(progressively(model, blocks, windows)):
+        gone = []
+        for layer, size, count in (("self_attn.o_proj", per_group, heads), ("mlp.down_proj", 1, channels)):
+            name = f"{blocks}.{index}.{layer}.weight"
+            weight = model.get_parameter(name)
+            squares = sum(one_window.double().square().sum(0) for one_window in inputs[name])
+            score = (weight.abs().double() * squares.sqrt()).mean(0).view(-1, size).sum(1)
+            gone.append(sorted(score.argsort()[:count].tolist()))
+            for part in gone[-1]:
+                weight[:, part * size : (part + 1) * size] = 0
+        removed.append((gone[0], gone[1]))
+    return removed

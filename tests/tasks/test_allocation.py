@@ -14,7 +14,8 @@ import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
-from coldpress.tasks.pruning.allocation import owl_shares, rmi_shares, rmi_spread
+from coldpress.tasks.pruning.allocation import mixed_patterns, owl_shares, rmi_shares, rmi_shares_slsqp, rmi_spread
+from coldpress.tasks.pruning.selection import parse_pattern
 from coldpress.tasks.pruning.statistics import centred_kernel, read_blocks, redundancies
 from coldpress.tasks.stage import ModelFacts
 from pydantic import ValidationError
@@ -140,12 +141,73 @@ def test_each_block_loses_its_share(
     assert explicit == action.artifact
 
 
+@pytest.mark.parametrize(("text", "shares", "kept"), [
+    ("4:8", [0.53, 0.47, 0.53, 0.47, 0.53, 0.47, 0.5, 0.5], [4, 5, 4, 4, 3, 4, 4, 4]),
+    ("4:8", [0.5] * 4, [4] * 4),
+    ("2:4", [0.4, 0.6, 0.5, 0.5], [2, 2, 2, 2]),
+    ("2:4", [0.3, 0.7, 0.5, 0.5], [3, 1, 2, 2]),
+    ("8:16", [0.1, 0.9, 0.2, 0.8, 0.5], [9, 7, 9, 7, 8]),
+])  # fmt: skip
+def test_mixed_patterns_keep_the_mean_exactly(text: str, shares: list[float], kept: list[int]) -> None:
+    pattern = parse_pattern(text)
+    mixed = mixed_patterns(shares, pattern)
+    assert sum(one.kept for one in mixed) == pattern.kept * len(shares)
+    assert {one.group for one in mixed} == {pattern.group}
+    assert [one.kept for one in mixed] == kept
+    spared = [share for share, one in zip(shares, mixed, strict=True) if one.kept > pattern.kept]
+    pruned = [share for share, one in zip(shares, mixed, strict=True) if one.kept < pattern.kept]
+    assert not spared or max(spared) <= min(pruned)
+
+
+def test_the_reference_solver_stops_between_the_mean_and_the_optimum() -> None:
+    redundancy = [1 + torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in range(30)]
+    weights = torch.tensor([math.exp(-100 * value / sum(redundancy)) for value in redundancy], dtype=torch.float64)
+    exact = torch.tensor(rmi_shares(redundancy, 0.7), dtype=torch.float64)
+    found = torch.tensor(rmi_shares_slsqp(redundancy, 0.7, beta=100.0), dtype=torch.float64)
+    assert float(found.mean()) == pytest.approx(0.7, abs=1e-12)
+    assert float((found - 0.7).abs().max()) <= 0.03 + 1e-6
+    assert float(weights @ exact) <= float(weights @ found) + 1e-9 < float(weights.sum()) * 0.7
+    assert 0.5 < float(torch.corrcoef(torch.stack([exact, found]))[0, 1]) <= 1
+
+
+@pytest.mark.parametrize("allocation", ["owl", "rmi"])
+def test_magnitude_takes_calibration_data_for_its_allocation_alone(
+    allocation: str, store: Store, import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+) -> None:  # fmt: skip
+    model = import_model("llama", num_hidden_layers=4)
+    inputs = {"model": model, "calibration": make_tokens(model)}
+    run_stage("prune/magnitude", inputs, sparsity=0.6, allocation=allocation, spread=0.1)
+    (action,) = store.actions("prune/magnitude")
+    assert action.preimage["inputs"].keys() == {"model", "measured"}
+    realized = list(action.provenance["sparsity"].values())
+    assert sum(realized) / len(realized) == pytest.approx(0.6, abs=1e-3)
+    assert max(realized) - min(realized) > 0.05
+
+
+def test_patterns_are_mixed_by_blocks_and_by_a_list(
+    store: Store, import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+) -> None:  # fmt: skip
+    model = import_model("llama", num_hidden_layers=4)
+    inputs = {"model": model, "calibration": make_tokens(model)}
+    mixed = run_stage("prune/wanda", inputs, pattern="4:8", allocation="rmi", spread=0.2)
+    (action,) = store.actions("prune/wanda")
+    shares = [action.provenance["sparsity"][f"model.layers.{index}.mlp.up_proj.weight"] for index in range(4)]
+    assert sorted(shares) == [0.375, 0.375, 0.625, 0.625]
+    assert run_stage("prune/wanda", inputs, pattern="4:8", allocation=shares) == mixed
+
+
 def test_allocations_that_cannot_be_are_refused() -> None:
     parameters = stage_named("prune/wanda").parameters
     for wrong, said in (
         ({"sparsity": 0.5, "allocation": [0.4, 0.5]}, "mean of allocation is 0.4500"),
         ({"sparsity": 0.5, "allocation": [1.0, 0.0]}, "at least 0 and below 1"),
-        ({"pattern": "2:4", "allocation": "owl"}, "a pattern has no room for"),
+        ({"pattern": "1:4", "allocation": "owl"}, "'1:4' has no room for blocks"),
+        ({"pattern": "2:4", "allocation": [0.5, 0.25]}, "mean of allocation is 0.3750, but '2:4' is 0.5"),
+        ({"pattern": "2:4", "allocation": [0.4, 0.6]}, "multiples of 1/4"),
+        ({"sparsity": 0.5, "rmi_solver": "slsqp"}, "for 'allocation: rmi'"),
+        ({"sparsity": 0.5, "allocation": "rmi", "rmi_beta": 100}, "for 'rmi_solver: slsqp'"),
         ({"sparsity": 0.5, "spread": 0.1}, "spread is for the allocations owl and rmi"),
     ):
         with pytest.raises(ValidationError, match=said):
@@ -154,9 +216,6 @@ def test_allocations_that_cannot_be_are_refused() -> None:
               "num_attention_heads": 4}  # fmt: skip
     (said,) = stage_named("prune/wanda").check(parameters(sparsity=0.5, allocation=[0.4, 0.6]), ModelFacts(config))
     assert said == "allocation has 2 shares, but the model has 3 blocks"
-    magnitude = stage_named("prune/magnitude")
-    (said,) = magnitude.check(magnitude.parameters(sparsity=0.5, allocation="rmi"), ModelFacts(config))
-    assert "measured with calibration data" in said
 
 
 def test_what_is_measured_is_asked_for_by_the_recipe_and_shared(

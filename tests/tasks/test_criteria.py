@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from coldpress.tasks.gram import Gram
-from coldpress.tasks.pruning.criteria import InputNorm, magnitude_score, wanda_score
-from coldpress.tasks.pruning.selection import keep_by_row
+from coldpress.tasks.pruning.criteria import InputNorm, magnitude_score, wanda_cumulative_score, wanda_score
+from coldpress.tasks.pruning.selection import keep_by_matrix, keep_by_row
 
 
 def _inputs(windows: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -30,6 +30,31 @@ def test_wanda_with_equal_norms_chooses_what_magnitude_chooses_in_each_row() -> 
     weight = torch.randn(16, 40)
     by_wanda = keep_by_row(wanda_score(weight, torch.full((40,), 3.0)), 0.5)
     assert torch.equal(by_wanda, keep_by_row(magnitude_score(weight), 0.5))
+
+
+def test_the_cumulative_variant_by_hand() -> None:
+    score = wanda_cumulative_score(torch.tensor([[1.0, 5.0, -2.0], [0.0, 3.0, 1.0]]), torch.tensor([1.0, 1.0, 2.0]))
+    assert torch.equal(score, torch.tensor([[0.1, 1.0, 0.5], [0.0, 1.0, 0.4]]))
+
+
+def test_the_cumulative_variant_removes_what_bisection_of_its_threshold_does() -> None:
+    torch.manual_seed(5)
+    weight, norm = torch.randn(64, 200) * torch.rand(64, 1), torch.rand(200) + 0.1
+    scores = wanda_score(weight, norm)
+    ordered = scores.sort(dim=1).values
+    low, high, alpha = 0.0, 0.8, 0.4
+    while True:
+        below = ordered.cumsum(1) <= scores.sum(1, keepdim=True) * alpha
+        thresholds = ordered.gather(1, below.sum(1, keepdim=True) - 1)
+        removed = scores <= thresholds
+        share = float(removed.float().mean())
+        if abs(share - 0.5) <= 1e-3 or high - low < 1e-3:
+            break
+        low, high = (low, alpha) if share > 0.5 else (alpha, high)
+        alpha = (low + high) / 2
+    keep = keep_by_matrix(wanda_cumulative_score(weight, norm), 0.5)
+    assert int(keep.sum()) == 6400
+    assert float((keep == ~removed).float().mean()) > 0.998
 
 
 def test_input_norm_is_the_norm_over_the_tokens_of_all_windows() -> None:
