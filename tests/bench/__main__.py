@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import cached, gptq, journal, memory, sparsegpt, store, wanda
+from . import allocation, cached, gptq, journal, memory, sparsegpt, store, wanda
 from .measuring import ProcessFailed, Row, in_fresh_process
 
 BENCHMARKS = {
     "wanda": wanda,
     "sparsegpt": sparsegpt,
+    "allocation": allocation,
     "gptq": gptq,
     "journal": journal,
     "memory": memory,

@@ -64,6 +64,25 @@ def test_the_nodes_come_in_an_order_in_which_inputs_are_first(tiny_recipe: Path)
         ("name: tiny", "name: a/b", 1, "a name of letters"),
         ("stages:", "stage:", 6, "did you mean 'stages'"),
         ("  nf4:", "  gptq:", 9, "there twice; the first is in line 8"),
+        (
+            "wanda, model: base, calibration: calibration",
+            "magnitude, allocation: owl, model: base",
+            7,
+            "needs 'calibration' for statistics/owl",
+        ),
+        (
+            "wanda, model: base, calibration: calibration",
+            "flap, model: base",
+            7,
+            "needs 'calibration' for statistics/fluctuation",
+        ),
+        ("method: wanda", "method: wanda-sp", 9, "block_size 64 does not divide the 32 inputs"),
+        (
+            "use: prune, method: wanda, model: base, calibration: calibration, sparsity: 0.5",
+            "use: layers, method: arrange, model: base, remove: [1, 3]",
+            7,
+            "block 3 is out of range",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_a_remedy(
@@ -176,3 +195,9 @@ def test_a_shipped_recipe_is_found_by_its_name_and_a_misspelt_one_is_suggested()
     assert load_recipe("smollm2-branching").name == "smollm2-branching"
     with pytest.raises(ColdpressError, match="did you mean 'smollm2-branching'"):
         load_recipe("smollm2-branchin")
+
+
+@pytest.mark.parametrize("name", ["pruning-study", "structured-study"])
+def test_shipped_studies_have_nothing_wrong(name: str) -> None:
+    planned = prepare(load_recipe(name), Store("memory://no-results-here"))
+    assert len(planned) > 40
