@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MARKERS = "os^Dv<>Pp*Xh"
 _LINES = ("-", "--", "-.", ":")
 _MOST_PANELS = 16
+_MOST_TIMES = 100  # a perplexity so many times the least is drawn at the upper edge
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
     if not any(len({share for share, _ in points}) > 1 for points in found.values()):
         return None
     figure, (axes,) = _figure(1, 4.2)
+    values = [perplexity for points in found.values() for _, perplexity in points]
+    most = _MOST_TIMES * min(values)
     for number, (name, points) in enumerate(found.items()):
         axes.plot(
             [100 * share for share, _ in points],
-            [perplexity for _, perplexity in points],
+            [min(perplexity, most) for _, perplexity in points],
+            clip_on=False,
             marker=_MARKERS[number % len(_MARKERS)],
             linestyle=_LINES[number // 2 % len(_LINES)],
             label=name,
@@ -70,9 +74,12 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
             axes.axhline(value, color="0.5", linewidth=1)
             axes.annotate(f"{source} {value:.1f}", (1, value), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", color="0.3", fontsize=9)  # fmt: skip
-    values = [perplexity for points in found.values() for _, perplexity in points]
+    if max(values) > most:
+        axes.set_title(f"points at the upper edge lie above {most:.0f}", fontsize=9, loc="left")
     if max(values) > 8 * min(values):
         axes.set_yscale("log")
+        if max(values) > most:
+            axes.set_ylim(top=most)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("block weights removed, %")
     axes.set_ylabel("perplexity" + (", logarithmic" if axes.get_yscale() == "log" else ""))

@@ -28,6 +28,7 @@ class Column:
 
 COLUMNS = (
     Column("variant", "variant", str, "left"),
+    Column("weights", "linear_weights", lambda v: f"{v / 1e6:.1f} M"),
     Column("sparsity", "sparsity", lambda v: f"{100 * v:.1f} %"),
     Column("bits per weight", "bits_per_weight", lambda v: f"{v:.2f}"),
     Column("size on disk", "size_bytes", lambda v: f"{v / 1e6:.1f} MB"),
