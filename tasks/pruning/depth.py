@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..skeleton import Skeleton
 
 PLUS_FIRST, PLUS_LAST = 4, 2  # blocks that Shortened LLaMA's "+" rule keeps
+_MOST_COPIES_BYTES = 8e9
 
 
 class DepthParameters(Parameters):
@@ -251,6 +252,12 @@ def removal(run: Run, parameters: StreamParameters, model: Artifact, calibration
         windows = read_windows(run, calibration, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
         count, blocks = len(windows), stored.blocks
+        nbytes = (blocks + 1) * windows.numel() * int(stored.config["hidden_size"]) * skeleton.dtype.itemsize
+        if nbytes > _MOST_COPIES_BYTES:
+            raise StageError(
+                f"the activations of {count} windows of {windows.shape[1]} tokens without each of {blocks} blocks take "
+                f"{nbytes / 1e9:.0f} GB; use fewer or shorter windows (the paper has 10 of 128 tokens)"
+            )
 
         def advance(index: int, weights: dict[str, Tensor], hidden: Tensor) -> dict[str, Any]:
             # Copy b is without block b, the last copy has them all: until block b the two are the same.

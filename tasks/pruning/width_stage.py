@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
 from ..architectures import Linear, UnsupportedModel, Widths, block_count, family_of, narrowed_config, widths
@@ -48,6 +48,20 @@ class WidthParameters(Parameters):
         1, ge=1, description="the FFN width that stays is rounded up to a multiple, as group sizes and processors like"
     )
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every block keeps as much."""
+        return True
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Modules within the blocks that get biases."""
+        return ()
+
+    def counts(self, before: Widths) -> Counts:
+        """How many groups and channels each block keeps, of those there are."""
+        return uniform_counts(before, self.sparsity, self.parts, self.multiple_of)
+
 
 class CalibratedWidthParameters(WidthParameters):
     """Parameters of width pruning with a calibration pass."""
@@ -70,6 +84,12 @@ class FlapParameters(CalibratedWidthParameters):
     )
     bias: bool = Field(True, description="add what the removed parts contribute on average as a bias")
 
+    @model_validator(mode="after")
+    def _structure_of_parts(self) -> FlapParameters:
+        if self.parts == "attention" and not self.uniform:
+            raise ValueError(f"structure {self.structure} is for parts all and ffn; leave it out")
+        return self
+
     def statistics(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """The input that it asks for."""
         return {"measured": ("statistics/fluctuation", {"metric": self.metric, "dtype": self.dtype})}
@@ -80,7 +100,6 @@ class FlapParameters(CalibratedWidthParameters):
 
     @property
     def biased(self) -> tuple[str, ...]:
-        """Modules within the blocks that get biases."""
         if not self.bias:
             return ()
         return {"all": ("self_attn", "mlp"), "attention": ("self_attn",), "ffn": ("mlp",)}[self.parts]
@@ -113,7 +132,7 @@ class LlmPrunerParameters(WidthParameters):
         return self.sparsity * blocks / max(1, blocks - self.spare_first - self.spare_last)
 
 
-def check_width(parameters: Any, facts: ModelFacts) -> Iterator[str]:
+def check_width(parameters: WidthParameters, facts: ModelFacts) -> Iterator[str]:
     """The family must be able to lose heads; the counts left must be ones that a stock config can say."""
     family, before = family_of(facts.config), widths(facts.config)
     if not before.groups and parameters.parts != "ffn":
@@ -136,33 +155,32 @@ def check_width(parameters: Any, facts: ModelFacts) -> Iterator[str]:
         yield str(error)
 
 
-def _config_after(parameters: Any, facts: ModelFacts) -> dict[str, Any]:
+def _config_after(parameters: WidthParameters, facts: ModelFacts) -> dict[str, Any]:
     """The config when every block keeps as much; otherwise the widest there can be."""
     before = widths(facts.config)
-    counts = Counts(before.groups, before.channels)
-    if getattr(parameters, "uniform", True):
-        counts = uniform_counts(before, parameters.sparsity, parameters.parts, parameters.multiple_of)
+    counts = parameters.counts(before) if parameters.uniform else Counts(before.groups, before.channels)
     return narrowed_config(facts.config, *counts, biased=_new_biases(parameters, facts.config))
 
 
-def _new_biases(parameters: Any, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _new_biases(parameters: WidthParameters, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that get biases which the model has not had."""
-    return () if family_of(config).always_biased else getattr(parameters, "biased", ())
+    return () if family_of(config).always_biased else parameters.biased
 
 
-def _after(parameters: Any, facts: ModelFacts) -> ModelFacts:
-    uniform = getattr(parameters, "uniform", True)
-    return ModelFacts(_config_after(parameters, facts), facts.format, masked=facts.masked or not uniform)
+def _after(parameters: WidthParameters, facts: ModelFacts) -> ModelFacts:
+    masked = facts.masked or not parameters.uniform
+    return ModelFacts(_config_after(parameters, facts), facts.format, masked)
 
 
 def _narrow(
     run: Run,
-    parameters: Any,
+    parameters: WidthParameters,
     model: Artifact,
     choose: Callable[[Block], Left],
     *,
     padded: Counts,
     calibration: Artifact | None = None,
+    dtype: str = "auto",
     means: Callable[[Block], dict[str, Tensor]] | None = None,
 ) -> Artifact:
     """The block loop with `choose` in it. means: of the inputs, by layer, for the biases that make up for them."""
@@ -208,7 +226,7 @@ def _narrow(
             writer=writer,
             windows=read_windows(run, calibration, stored) if calibration is not None else None,
             statistic=InputNorm if calibration is not None else None,
-            dtype=resolve_dtype(parameters.dtype, stored) if calibration is not None else None,
+            dtype=resolve_dtype(dtype, stored),
         )
         run.note("left", {"groups": padded.groups, "channels": padded.channels})
         writer.share_files(stored.manifest)
@@ -233,10 +251,12 @@ def _share_left(linear: Linear, before: Widths, left: Left) -> float:
     return share
 
 
-def _by_score(parameters: WidthParameters, config: Any, score: Callable[[Block, str], Tensor]) -> Callable[..., Left]:
+def _by_score(
+    parameters: WidthParameters, config: Mapping[str, Any], score: Callable[[Block, str], Tensor]
+) -> Callable[..., Left]:
     """The highest sums stay; score(block, weight's name) gives one for each input of a layer."""
     before = widths(config)
-    counts = uniform_counts(before, parameters.sparsity, parameters.parts, parameters.multiple_of)
+    counts = parameters.counts(before)
 
     def choose(block: Block) -> Left:
         layers = _written_layers(block)
@@ -279,7 +299,7 @@ def magnitude_sp(run: Run, parameters: WidthParameters, model: Artifact) -> Arti
     """Width: heads and FFN channels with the lowest sums of ||W_:j||_2 over the columns that read them go."""
     config = _config(run, model)
     choose = _by_score(parameters, config, lambda block, name: magnitude_sp_score(block.weights[name]))
-    counts = uniform_counts(widths(config), parameters.sparsity, parameters.parts, parameters.multiple_of)
+    counts = parameters.counts(widths(config))
     return _narrow(run, parameters, model, choose, padded=counts)
 
 
@@ -298,9 +318,9 @@ def wanda_sp(run: Run, parameters: CalibratedWidthParameters, model: Artifact, c
     def score(block: Block, name: str) -> Tensor:
         return wanda_sp_score(block.weights[name], block.statistics[name].norm())
 
-    counts = uniform_counts(widths(config), parameters.sparsity, parameters.parts, parameters.multiple_of)
+    counts = parameters.counts(widths(config))
     choose = _by_score(parameters, config, score)
-    return _narrow(run, parameters, model, choose, padded=counts, calibration=calibration)
+    return _narrow(run, parameters, model, choose, padded=counts, calibration=calibration, dtype=parameters.dtype)
 
 
 @stage(
@@ -328,7 +348,7 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
         ffn = stacked("score.width")
         attention = torch.zeros(blocks, 0) if parameters.parts == "ffn" else stacked("score.query")
         if parameters.parts == "attention":
-            counts = uniform_counts(before, parameters.sparsity, "attention")
+            counts = parameters.counts(before)
             left = [
                 _highest(group_scores(heads, before), torch.ones(before.channels), counts, before)
                 for heads in attention
@@ -356,7 +376,7 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
         )
 
 
-def _allowed(config: dict[str, Any], widest: Counts, before: Widths, parameters: Any) -> Counts:
+def _allowed(config: dict[str, Any], widest: Counts, before: Widths, parameters: WidthParameters) -> Counts:
     """The least widths, from those of the widest block on, that a stock config can say."""
     multiple = parameters.multiple_of
     channels = min(-(-widest.channels // multiple) * multiple, before.channels)

@@ -14,7 +14,7 @@ from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.pruning.depth import least_important
 from coldpress.tasks.pruning.order import CONFIGURATIONS, CONFIGURED_BLOCKS, parse_order
 from coldpress.tasks.pruning.statistics import read_blocks
-from coldpress.tasks.stage import ModelFacts
+from coldpress.tasks.stage import ModelFacts, StageError
 from elsewhere import TRANSFORMERS, Loaded
 from torch import Tensor, nn
 
@@ -100,6 +100,14 @@ def test_removal_is_the_perplexity_without_each_block(
     run_stage("prune/shortened-perplexity", inputs, sparsity=0.43)  # 3 of 7
     gone = sorted(range(BLOCKS), key=lambda block: expected[block])[:3]
     assert order_of("prune/shortened-perplexity") == [block for block in range(BLOCKS) if block not in gone]
+
+
+def test_copies_that_would_fill_the_memory_are_refused(
+    inputs: dict[str, Artifact], run_stage: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coldpress.tasks.pruning.depth._MOST_COPIES_BYTES", 8 * 6 * 32 * 64 * 4 - 1)
+    with pytest.raises(StageError, match="6 windows of 32 tokens without each of 7 blocks"):
+        run_stage("statistics/removal", inputs)
 
 
 def test_taylor_and_magnitude_keep_the_ends_unless_told(

@@ -401,6 +401,11 @@ def test_what_no_stock_config_can_say_is_refused(
     assert sentence in said
 
 
+def test_heads_alone_do_not_compete() -> None:
+    with pytest.raises(ValueError, match="structure AL-AM is for parts all and ffn"):
+        stage_named("prune/flap").parameters(sparsity=0.5, parts="attention", structure="AL-AM")
+
+
 def test_head_counts_that_divide_stay_llama() -> None:
     for groups, kind in ((16, "llama"), (24, "mistral")):
         assert narrowed_config(LLAMA_7B, groups, 11008)["model_type"] == kind
