@@ -188,13 +188,18 @@ def stages(name: str | None) -> None:
     chosen = [s for s in CATALOGUE.values() if name is None or name in (s.use, s.method, s.name)]
     if not chosen:
         raise ColdpressError(f"there is no stage '{name}'; {did_you_mean(str(name), list(CATALOGUE))}")
+    chosen.sort(key=lambda stage: (stage.use == "statistics", stage.use))  # recipes don't name what is measured
     for stage in chosen:
         click.secho(stage.name, bold=True, nl=False)
         click.echo(f"  {stage.summary}")
         if stage.paper:
             click.echo(f"    paper: {stage.paper}")
         if stage.inputs:
-            click.echo(f"    takes: {', '.join(f'{role} ({kind})' for role, kind in stage.inputs.items())}")
+            taken = [
+                f"{role} ({kind}{', to measure' if role in stage.passed_on else ''})"
+                for role, kind in stage.inputs.items()
+            ]
+            click.echo(f"    takes: {', '.join(taken)}")
         if name is None:
             continue
         for field, info in stage.parameters.model_fields.items():

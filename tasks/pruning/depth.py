@@ -342,6 +342,7 @@ def _check_arrangement(parameters: ArrangeParameters, facts: ModelFacts) -> Iter
     parameters=ArrangeParameters,
     inputs={"model": "checkpoint"},
     output="checkpoint",
+    paper="the study Franken-LLaMA, for its configurations",
     accepts=frozenset(FORMATS),
     check=_check_arrangement,
     after=lambda parameters, facts: ModelFacts(

@@ -76,7 +76,7 @@ def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibra
     paper="Ma et al. 2023 (LLM-Pruner), section 3.2, arXiv:2305.11627; Kim et al. 2024, arXiv:2402.02834",
 )
 def taylor(run: Run, parameters: TaylorParameters, model: Artifact, calibration: Artifact) -> Artifact:
-    """What the loss changes without a group of heads, an FFN channel or a block: w g, w^2 g^2 / 2 and combinations."""
+    """What the loss changes without a group of heads, an FFN channel or a block: sums of |w g|, w^2 g^2 and both."""
 
     def sums(stored: StoredModel, index: int, dense: Mapping[str, Tensor]) -> Sums:
         return TaylorSums(dense, stored.family.linears, widths(stored.config))

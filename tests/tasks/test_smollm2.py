@@ -225,6 +225,40 @@ def test_repair_is_better_than_choice_alone_and_patterns_cost(
     assert sparsegpt < after("sparsegpt", pattern="4:8") < after("sparsegpt", pattern="2:4")
 
 
+def test_shares_by_block_are_better_than_equal_ones_at_high_sparsity(
+    stage: Stage, base: Artifact, wikitext: dict[str, Artifact], perplexity: Callable[[Artifact, Artifact], float]
+) -> None:
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    uniform, owl, rmi = (
+        perplexity(stage("prune/wanda", inputs, sparsity=0.7, allocation=allocation), wikitext["test"])
+        for allocation in ("uniform", "owl", "rmi")
+    )
+    assert max(owl, rmi) < uniform
+
+
+def test_smaller_dense_models_load_elsewhere_and_calibration_pays(
+    stage: Stage,
+    base: Artifact,
+    wikitext: dict[str, Artifact],
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+    shared_store: Store,
+) -> None:
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    models = {
+        "flap": stage("prune/flap", inputs, sparsity=0.4),
+        "wanda-sp": stage("prune/wanda-sp", inputs, sparsity=0.4),
+        "magnitude-sp": stage("prune/magnitude-sp", {"model": base}, sparsity=0.4),
+        "shortgpt": stage("prune/shortgpt", inputs, blocks=6),
+    }
+    found = {name: perplexity(model, wikitext["test"]) for name, model in models.items()}
+    assert found["flap"] < found["wanda-sp"] < found["magnitude-sp"]
+    loaded = load_elsewhere(TRANSFORMERS, ids(wikitext["test"]), models, shared_store)
+    for name, seen in loaded.items():
+        assert perplexity_of(seen.logits, ids(wikitext["test"])) == pytest.approx(found[name], rel=1e-4), name
+
+
 def test_gptq_is_better_than_plain_rounding(
     stage: Stage,
     base: Artifact,
