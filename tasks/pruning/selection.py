@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def _keep_above(score: Tensor, count: int) -> Tensor:
 
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_lowest(score, count)
+    if score.device.type == "cpu":
+        return _keep_above_on_cpu(score, count)
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values
     keep = score > threshold
     missing = score.shape[1] - count - keep.sum(1, keepdim=True)
     if bool(missing.any()):  # of the scores equal to the threshold, the last stay
@@ -77,17 +80,24 @@ def _keep_above(score: Tensor, count: int) -> Tensor:
     return keep
 
 
-def _kth_lowest(score: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest score of each row, [rows, 1]."""
-    if score.device.type != "cpu":
-        return score.kthvalue(count, dim=1, keepdim=True).values
+def _keep_above_on_cpu(score: Tensor, count: int) -> Tensor:
+    """The same with numpy, whose partition is several times as fast as torch's kthvalue and runs side by side."""
     import numpy
     import torch
 
-    # On the CPU, numpy's partition is several times as fast as torch's kthvalue.
-    threshold = torch.empty(len(score), 1)
-    rows = max(1, _ELEMENTS_AT_ONCE // score.shape[1])
-    for part, result in zip(score.split(rows), threshold.split(rows), strict=True):
-        ordered = numpy.partition(part.numpy(), count - 1, axis=1)
-        result.copy_(torch.from_numpy(ordered[:, count - 1 : count]))
-    return threshold
+    scores = score.numpy()
+    keep = numpy.empty(scores.shape, dtype=bool)
+    rows = max(1, _ELEMENTS_AT_ONCE // scores.shape[1])
+
+    def select(first: int) -> None:
+        part, kept = scores[first : first + rows], keep[first : first + rows]
+        threshold = numpy.partition(part, count - 1, axis=1)[:, count - 1 : count]
+        numpy.greater(part, threshold, out=kept)
+        missing = scores.shape[1] - count - numpy.count_nonzero(kept, axis=1, keepdims=True)
+        if missing.any():
+            ties = part == threshold
+            kept |= ties & (ties.sum(1, keepdims=True) - ties.cumsum(1) < missing)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(select, range(0, len(scores), rows)))
+    return torch.from_numpy(keep)
