@@ -236,7 +236,7 @@ class Builder:
     ) -> None:
         """What a stage derives needs the inputs that it passes on."""
         for asked, _ in stage.derived(parameters).values():
-            for role in CATALOGUE[asked].inputs.keys() - inputs.keys():
+            for role in (CATALOGUE[asked].inputs.keys() & stage.passed_on) - inputs.keys():
                 kind = stage.inputs[role]
                 there = ", ".join(sorted(self.data)) or "none yet"
                 self.problem(f"{label} needs '{role}' for {asked}, the name of a {kind} entry; there is {there}", *path)

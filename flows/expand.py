@@ -30,8 +30,13 @@ class Joined(NamedTuple):
 
 def expand_matrix(matrix: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
     """Every combination of values, as (parameter, value) pairs; one empty combination for an empty matrix."""
-    for values in itertools.product(*matrix.values()):
+    for values in itertools.product(*([_frozen(value) for value in axis] for axis in matrix.values())):
         yield tuple(zip(matrix, values, strict=True))
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, which can be looked up."""
+    return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
 
 
 def join_instances(
@@ -57,7 +62,11 @@ def _suffix(coordinates: Coordinates) -> str:
         return ""
     parameters = [parameter for (_, parameter), _ in coordinates]
     parts = [
-        f"{parameter if parameters.count(parameter) == 1 else f'{stage}.{parameter}'}={value}"
+        f"{parameter if parameters.count(parameter) == 1 else f'{stage}.{parameter}'}={_written(value)}"
         for (stage, parameter), value in coordinates
     ]
     return f"[{','.join(parts)}]"
+
+
+def _written(value: Any) -> str:
+    return "+".join(_written(one) for one in value) if isinstance(value, tuple) else str(value)

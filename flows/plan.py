@@ -6,7 +6,6 @@ nearest earlier run.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..storage.store import Action, Store
 from ..tasks.architectures import family_of, linear_parameters
 from ..tasks.sources.locate import check_model, peek_config
 from ..tasks.sources.texts import check_text, text_bytes
-from ..tasks.stage import ModelFacts, preimage
+from ..tasks.stage import ModelFacts, facts_of, preimage
 from .document import Problem
 from .recipe import Node, Recipe, RecipeError
 
@@ -122,9 +121,7 @@ def _source_facts(planned: Planned, store: Store, problems: list[Problem]) -> Mo
     parameters: Any = planned.node.parameters
     try:
         if planned.action is not None:
-            manifest = store.manifest(planned.action.artifact)
-            config = json.loads(store.read_blob(manifest.files["config.json"]).tobytes())
-            return ModelFacts(config, manifest.format, bool(manifest.masks))
+            return facts_of(store, planned.action.artifact)
         peeked = peek_config(parameters.source)
         if peeked is None:
             return None  # on the Hub: checked when it is loaded
@@ -140,14 +137,12 @@ BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
-    """Upper estimate of the bytes that computing the plan adds to the store: checkpoints of what is not cached."""
+    """Upper estimate of the bytes that computing the plan adds to the store: what is not cached and of some size."""
     total = 0
     sizes: dict[str, int] = {}
     for name, planned in plan.items():
         node = planned.node
         parameters: Any = node.parameters
-        if node.stage.output != "checkpoint":
-            continue
         if node.stage.name == "source/model":
             if planned.action is not None:
                 sizes[name] = store.manifest(planned.action.artifact).stored_bytes()
@@ -160,9 +155,10 @@ def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
             sizes[name] = weights * BYTES_PER_WEIGHT[parameters.dtype]
             total += sizes[name]
         elif planned.action is None:
-            dense = sizes.get(node.root, 0)
-            bits = getattr(parameters, "bits", 4) if node.stage.use == "quantize" else 16
-            total += dense * bits // 16 + dense // 16  # and masks: a bit for a weight
+            bits = node.stage.bits_written
+            if bits is None and node.stage.output == "checkpoint":
+                bits = 1 + (getattr(parameters, "bits", 4) if node.stage.use == "quantize" else 16)  # and a bit of mask
+            total += int(sizes.get(node.root, 0) * (bits or 0) / 16)
     return total
 
 

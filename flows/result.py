@@ -30,6 +30,8 @@ class StageResult:
     state: str
     key: str | None = None
     artifact: Artifact | None = None
+    root: str | None = None  # the model at the beginning of its branch
+    linear_weights: int | None = None  # of a model: how many its blocks have
     seconds: float | None = None  # of computing it, now or when it was computed
     peak_memory_bytes: int | None = None
     shares_by_block: list[float] | None = None
@@ -70,11 +72,12 @@ class RunResult:
 
     def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:
         """Note how a node ended, with what its action says of it."""
-        self.stages[node.name] = entry = StageResult(node.name, node.stage.name, state, error=error)
+        self.stages[node.name] = entry = StageResult(node.name, node.stage.name, state, root=node.root, error=error)
         if action is not None:
             entry.key, entry.artifact = action.key, action.artifact
             entry.seconds = action.provenance.get("seconds")
             entry.peak_memory_bytes = action.provenance.get("peak_memory_bytes")
+            entry.linear_weights = action.provenance.get("linear_weights")
             shares = action.provenance.get("share_of_block")
             entry.shares_by_block = [shares[str(block)] for block in range(len(shares))] if shares else None
 

@@ -40,7 +40,7 @@ class Family:
     not_weights: endings of entries in old checkpoint files that are no parameters.
     bias_keys: (module within a block, the config's switch that gives all its linear layers a bias).
     any_head_count: whether the stock config takes numbers of heads that do not divide the hidden size.
-    always_biased: whether all linear layers have biases without a switch.
+    always_biased: whether all linear layers have biases, unless `enable_bias` is off.
     """
 
     name: str
@@ -254,12 +254,17 @@ def narrowed_config(
         if any(narrowed.get(key) for key in switches.values()):
             raise UnsupportedModel(
                 f"{heads} heads don't divide the hidden size of {config['hidden_size']}: such a Llama is written as a "
-                "Mistral, which has no place for biases; set bias to false, or parts to ffn"
+                "Mistral, which has no place for biases; set parts to ffn, or bias to false (flap)"
             )
         for key in (*switches.values(), "pretraining_tp"):
             narrowed.pop(key, None)
         narrowed.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
     return narrowed
+
+
+def has_biases(config: Mapping[str, Any]) -> bool:
+    """Whether the layers that write to the residual stream have biases in every model of this config's kind."""
+    return family_of(config).always_biased and bool(config.get("enable_bias", True))
 
 
 def arranged_config(

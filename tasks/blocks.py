@@ -301,6 +301,12 @@ class SavingPace:
         self._cost, self._since = now - self._since, now
 
 
+def not_finite(what: str, dtype: torch.dtype) -> StageError:
+    """The error for activations that overflowed."""
+    advice = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+    return StageError(f"{what} are not finite in {str(dtype).removeprefix('torch.')}; set dtype to {advice}")
+
+
 def gather_statistics(
     skeleton: Skeleton,
     index: int,
@@ -318,6 +324,9 @@ def gather_statistics(
             by_input[linear.reads] = statistic(weights[f"{linear.name}.weight"].shape[1])
             wanted[linear.name] = by_input[linear.reads]
     skeleton.gather(index, weights, hidden, wanted, before_each)
+    for name, seen in wanted.items():
+        if not seen.finite():
+            raise not_finite(f"the inputs of {name} in block {index}", skeleton.dtype)
     return {name: by_input[linear.reads] for name, linear in linears.items()}
 
 

@@ -20,6 +20,10 @@ class Gram:
             self._sum = inputs.new_zeros(self._in_features, self._in_features)
         self._sum.addmm_(inputs.T, inputs)
 
+    def finite(self) -> bool:
+        """Whether all inputs seen were finite numbers."""
+        return self._sum is None or bool(self._sum.diagonal().isfinite().all())
+
     def matrix(self) -> Tensor:
         """The sum. It must not be changed in place, layers share it."""
         assert self._sum is not None

@@ -27,6 +27,10 @@ class Statistic(Protocol):
         """Add the inputs of some windows, [tokens, in_features]."""
         ...
 
+    def finite(self) -> bool:
+        """Whether all inputs seen were finite numbers."""
+        ...
+
 
 class _Stop(Exception):
     """Ends a forward pass early, when everything asked for has been seen."""

@@ -64,6 +64,12 @@ class ModelFacts:
     masked: bool = False
 
 
+def facts_of(store: Store, checkpoint: Artifact) -> ModelFacts:
+    """The facts of a checkpoint in the store."""
+    manifest = store.manifest(checkpoint)
+    return ModelFacts(json.loads(store.read_file(checkpoint, "config.json")), manifest.format, bool(manifest.masks))
+
+
 @dataclass(frozen=True)
 class Run:
     """What a stage function may use besides its inputs.
@@ -101,7 +107,8 @@ class Stage:
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
     after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read. passed_on: those of its inputs
-    that it does not read itself, only what it derives; a recipe gives them when something is derived.
+    that it does not read itself, only what it derives; a recipe gives them when something is derived. bits_written: how
+    many for each weight of the model, where neither the kind of its output nor a parameter `bits` says so.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
     """
@@ -121,6 +128,7 @@ class Stage:
     content: Callable[[Any], dict[str, Any]] | None
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]]
     passed_on: frozenset[str]
+    bits_written: float | None
 
     @property
     def name(self) -> str:
@@ -154,6 +162,7 @@ def stage(
     content: Callable[[Any], dict[str, Any]] | None = None,
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]] = lambda parameters: {},
     passed_on: frozenset[str] = frozenset(),
+    bits_written: float | None = None,
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -161,7 +170,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content, derived, passed_on,
+            content, derived, passed_on, bits_written,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry
@@ -188,6 +197,18 @@ def lookup(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[s
     return store.lookup(entry.name, digest_of(preimage(entry, parameters, inputs)))
 
 
+def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+    """Why a stage can't do what it was asked with the model at hand: what planning may not have known of it."""
+    model = inputs.get("model")
+    if model is None or model.kind != "checkpoint":
+        return
+    facts = facts_of(store, model)
+    if facts.format not in entry.accepts:
+        yield f"{entry.name} needs an unquantized model, but this one is packed ({facts.format})"
+    else:
+        yield from entry.check(parameters, facts)
+
+
 def compute(
     run: Run,
     entry: Stage,
@@ -200,6 +221,8 @@ def compute(
 
     lease: the right to compute it; raises LeaseLost at the first commit to the journal after it was taken over.
     """
+    for problem in impossible(run.store, entry, parameters, inputs):
+        raise StageError(problem)
     image = preimage(entry, parameters, inputs)
     started = time.time()
     clock = time.perf_counter()

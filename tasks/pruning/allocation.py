@@ -44,6 +44,8 @@ def rmi_shares(redundancy: Sequence[float], sparsity: float, spread: float | Non
     half is at the upper bound, the other half at the lower, and of an odd number the middle one at the mean.
     """
     delta = _within_bounds(rmi_spread(sparsity) if spread is None else spread, sparsity)
+    if max(redundancy) - min(redundancy) < 1e-9:
+        return [sparsity] * len(redundancy)
     order = sorted(range(len(redundancy)), key=lambda block: (-redundancy[block], block))
     half = len(order) // 2
     shares = [sparsity] * len(order)

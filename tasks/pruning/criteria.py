@@ -95,6 +95,10 @@ class InputNorm:
         squares = inputs.float().square().sum(0)
         self._sum = squares if self._sum is None else self._sum.add_(squares)
 
+    def finite(self) -> bool:
+        """Whether all inputs seen were finite numbers."""
+        return self._sum is None or bool(self._sum.isfinite().all())
+
     def norm(self) -> Tensor:
         """||X_j||_2, [in_features], float32."""
         assert self._sum is not None

@@ -126,7 +126,7 @@ def _after(parameters: DepthParameters, facts: ModelFacts) -> ModelFacts:
     return ModelFacts(config, facts.format, facts.masked)
 
 
-_DEPTH: dict[str, Any] = {"output": "checkpoint", "check": check_depth, "after": _after}
+_DEPTH: dict[str, Any] = {"output": "checkpoint", "check": check_depth, "after": _after, "bits_written": 0}
 _CALIBRATED: dict[str, Any] = {"model": "checkpoint", "calibration": "tokens"}
 _MEASURED: dict[str, Any] = {**_DEPTH, "inputs": _CALIBRATED, "passed_on": frozenset({"calibration"})}
 
@@ -214,6 +214,7 @@ def influence(run: Run, parameters: StreamParameters, model: Artifact, calibrati
     """Each block's influence: the mean over all tokens of 1 - cos(its input, its output)."""
     from torch.nn.functional import cosine_similarity
 
+    from ..blocks import not_finite
     from ..skeleton import parts
 
     def advances(skeleton: Skeleton, windows: Tensor) -> Callable[[int, dict[str, Tensor], Tensor], dict[str, Any]]:
@@ -224,6 +225,8 @@ def influence(run: Run, parameters: StreamParameters, model: Artifact, calibrati
                 outputs = skeleton.forward_block(index, weights, inputs)
                 total += float((1 - cosine_similarity(inputs.float(), outputs.float(), dim=-1)).double().sum())
                 part.copy_(outputs)
+            if not math.isfinite(total):
+                raise not_finite(f"the activations of block {index}", skeleton.dtype)
             return {"value": total / windows.numel()}
 
         return advance
@@ -244,7 +247,7 @@ def removal(run: Run, parameters: StreamParameters, model: Artifact, calibration
     """The calibration data's perplexity without each block alone; one pass carries a copy of the data for each."""
     import torch
 
-    from ..blocks import StoredModel, read_windows, resolve_dtype, stream_hidden
+    from ..blocks import StoredModel, not_finite, read_windows, resolve_dtype, stream_hidden
     from ..evaluation.perplexity import window_losses
     from ..skeleton import Skeleton
 
@@ -277,7 +280,7 @@ def removal(run: Run, parameters: StreamParameters, model: Artifact, calibration
             run.progress("scoring", index + 1, blocks)
             run.stop_if_asked()
     if not all(math.isfinite(value) for value in values):
-        raise StageError("the loss without a block is not a finite number; set dtype to float32")
+        raise not_finite("the loss without a block", skeleton.dtype)
     return write_blocks(run, values)
 
 
@@ -344,6 +347,7 @@ def _check_arrangement(parameters: ArrangeParameters, facts: ModelFacts) -> Iter
     output="checkpoint",
     paper="the study Franken-LLaMA, for its configurations",
     accepts=frozenset(FORMATS),
+    bits_written=0,
     check=_check_arrangement,
     after=lambda parameters, facts: ModelFacts(
         arranged_config(facts.config, parameters.blocks_of(block_count(facts.config))), facts.format, facts.masked

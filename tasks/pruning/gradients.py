@@ -8,6 +8,7 @@ A killed stage has its finished blocks in the journal and makes the first pass a
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ class TaylorParameters(Parameters):
     """Parameters of Taylor's estimates."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of both passes; auto is the checkpoint's own"
+        "auto", description="of both passes; auto is the checkpoint's own, float32 for float16"
     )
 
 
@@ -43,7 +44,7 @@ class GradientParameters(Parameters):
         "l2", description="over the windows: sum of magnitudes, or root of summed squares"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of both passes; auto is the checkpoint's own"
+        "auto", description="of both passes; auto is the checkpoint's own, float32 for float16"
     )
 
 
@@ -55,6 +56,7 @@ class GradientParameters(Parameters):
     inputs={"model": "checkpoint", "calibration": "tokens"},
     output="statistics",
     paper="Das et al. 2023 (GBLM-Pruner), arXiv:2311.04902",
+    bits_written=32,
 )
 def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """100 times the l1 or l2 norm, over windows, of each linear weight's gradient of the window's mean loss."""
@@ -191,6 +193,8 @@ def _backward(
     sums: Callable[[StoredModel, int, Mapping[str, Tensor]], Sums],
 ) -> Artifact:
     """Send the loss's gradient back through all blocks; `sums(stored, index, weights)` begins what is summed of one."""
+    import torch
+
     from ..blocks import SavingPace, StoredModel, note_resumed, read_windows, resolve_dtype
     from ..skeleton import Skeleton
 
@@ -202,18 +206,21 @@ def _backward(
         tempfile.TemporaryDirectory(prefix="coldpress-gradients-") as folder,
     ):
         windows = read_windows(run, calibration, stored)
-        skeleton = Skeleton(stored.config, resolve_dtype(dtype, stored), run.device)
+        wanted = resolve_dtype(dtype, stored)
+        # Gradients of a mean over thousands of tokens underflow in float16.
+        skeleton = Skeleton(stored.config, torch.float32 if wanted == torch.float16 else wanted, run.device)
         done = len(journal.steps)
         for step in journal.steps:
             writer.take_over(step)
+        if done == stored.blocks:
+            return writer.publish()
         state = journal.state()
         passed = 0 if state is None else state.step
-        if done < stored.blocks:
-            inputs = _leave_inputs(run, stored, skeleton, windows, stored.blocks - passed, folder)
-            if state is None:
-                gradient = _head_gradients(run, stored, skeleton, windows, inputs)
-            else:
-                gradient = state.tensors["gradient"]
+        inputs = _leave_inputs(run, stored, skeleton, windows, stored.blocks - passed, folder)
+        if state is None:
+            gradient = _head_gradients(run, stored, skeleton, windows, inputs)
+        else:
+            gradient = state.tensors["gradient"]
         note_resumed(run, journal, stored.blocks, done - passed)
         saving = SavingPace(windows.numel() * int(stored.config["hidden_size"]) * 4)
         clock = time.perf_counter()
@@ -244,11 +251,19 @@ def _leave_inputs(
 
     with torch.no_grad():
         hidden = skeleton.embed(stored.outer(skeleton.dtype), windows)
+        need, free = (blocks + 1) * hidden.nbytes, shutil.disk_usage(folder).free
+        if need > free:  # mapped files that find no room end the process
+            raise StageError(
+                f"the blocks' inputs take {need / 1e9:.1f} GB in temporary files, but {tempfile.gettempdir()} has "
+                f"{free / 1e9:.1f} GB free; make room, set TMPDIR to a larger disk, or use fewer or shorter windows"
+            )
         left = {}
         for index in range(blocks + 1):
-            left[index] = kept = torch.from_file(
-                os.path.join(folder, str(index)), shared=True, size=hidden.numel(), dtype=hidden.dtype
-            ).view(hidden.shape)
+            path = os.path.join(folder, str(index))
+            left[index] = kept = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(
+                hidden.shape
+            )
+            os.unlink(path)  # its room is free again as soon as nothing maps it
             kept.copy_(hidden)
             if index == blocks:
                 return left

@@ -218,6 +218,10 @@ def _by_score(criterion: Criterion, windows: int, gradients: ArtifactReader | No
             score = criterion.score(weight, *(statistic(needed, name) for needed in criterion.needs))
             if name in block.masks:
                 score = score.masked_fill(~block.masks[name], -1.0)  # what went before goes first
+            if not bool(score.sum().isfinite()):
+                raise StageError(
+                    f"some scores of {name} are not finite: its weights or statistics hold NaN or infinity"
+                )
             if pattern:
                 keep = keep_by_pattern(score, pattern)
             elif criterion.compare == "row":

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ...storage.store import Store
-from ..stage import Parameters, Run, json_file, stage
+from ..stage import Parameters, Run, StageError, json_file, stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FILE = "blocks.json"
 _POSITIONS_AT_ONCE = 64
+_FEWEST_WINDOWS = 3
 
 
 class StreamParameters(Parameters):
@@ -90,10 +91,19 @@ def owl(run: Run, parameters: OwlParameters, model: Artifact, calibration: Artif
 )
 def rmi(run: Run, parameters: StreamParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """Sum of each block input's similarities (normalized HSIC of linear kernels) to the inputs of all other blocks."""
+    from ..blocks import not_finite
 
     def visits(stored: StoredModel, skeleton: Skeleton) -> Visit:
         def visit(index: int, weights: dict[str, Tensor], hidden: Tensor) -> dict[str, Any]:
-            return {"value": centred_kernel(hidden).tolist()}
+            if len(hidden) < _FEWEST_WINDOWS:
+                raise StageError(
+                    f"rmi compares how windows differ from each other: {len(hidden)} are too few, take at least "
+                    f"{_FEWEST_WINDOWS} samples"
+                )
+            kernel = centred_kernel(hidden)
+            if not bool(kernel.isfinite().all()):
+                raise not_finite(f"the inputs of block {index}", skeleton.dtype)
+            return {"value": kernel.tolist()}
 
         return visit
 

@@ -59,6 +59,10 @@ class Moments:
         self._mean += apart * (tokens / total)
         self._tokens = total
 
+    def finite(self) -> bool:
+        """Whether all inputs seen were finite numbers."""
+        return bool(self._squares.isfinite().all())
+
     def mean(self) -> Tensor:
         """[in_features], float32."""
         return self._mean.float()
@@ -118,12 +122,16 @@ def highest(score: Tensor, count: int) -> Tensor:
 
 
 def best_by_weight(score: Tensor, weights: Tensor, share: float) -> Tensor:
-    """Keep-mask [parts]: the highest scores whose weights together come nearest to `share` of all. weights: float64."""
+    """Keep-mask [parts]: the highest scores whose weights together come nearest to `share` of all. weights: float64.
+
+    Infinite scores stay in any case.
+    """
     import torch
 
     order = torch.argsort(score, descending=True, stable=True)
     filled = weights[order].cumsum(0)
     count = int((filled - share * filled[-1]).abs().argmin()) + 1
+    count = max(count, int(score.isposinf().sum()))
     keep = torch.zeros(len(score), dtype=torch.bool)
     keep[order[:count]] = True
     return keep
@@ -135,10 +143,10 @@ def best_of_structure(
     """What stays of each block by FLAP's scores of the inputs of `o_proj` [blocks, query features] and `down_proj`
     [blocks, channels]; no scores [blocks, 0] for attention that loses nothing. An et al. 2023, section 3.3.
 
-    structure: UL-UM removes the same of every block, from attention and FFN alike; UL-MM lets heads and channels of a
-    block compete, AL-MM heads of all blocks and channels of all blocks, AL-AM everything. Where they compete, scores
-    are standardized in each block, and a group counts as the channels that have as many weights. At least one group
-    and one channel of each block stay.
+    structure: UL-UM removes the same of every block; in AL-MM the heads of all blocks compete, and the channels of all
+    blocks; in AL-AM everything. Where they compete, scores are standardized in each block, and a group counts as the
+    channels that have as many weights. At least one group and one channel of each block stay. As in the published
+    code, scores of heads are squared before they are summed.
     """
     import torch
 
@@ -147,7 +155,9 @@ def best_of_structure(
         counts = uniform_counts(widths, sparsity, "all" if attention.shape[1] else "ffn", multiple_of)
         return [
             Left(
-                highest(group_scores(heads, widths), counts.groups) if len(heads) else torch.arange(widths.groups),
+                highest(group_scores(heads.square(), widths), counts.groups)
+                if len(heads)
+                else torch.arange(widths.groups),
                 highest(channels, counts.channels),
             )
             for heads, channels in zip(attention, ffn, strict=True)
@@ -160,9 +170,7 @@ def best_of_structure(
     ratio = widths.group_weights / widths.channel_weights
     weights = torch.cat([torch.full(heads.shape, ratio), torch.ones(channels.shape)], 1).double()
     scores = torch.cat([heads, channels], 1)
-    if structure == "UL-MM":
-        keep = torch.stack([best_by_weight(s, w, 1 - sparsity) for s, w in zip(scores, weights, strict=True)])
-    elif structure == "AL-MM":
+    if structure == "AL-MM":
         kinds = [kind for kind in (heads, channels) if kind.shape[1]]
         kept = [best_by_weight(k.flatten(), torch.ones(k.numel()).double(), 1 - sparsity).view(k.shape) for k in kinds]
         keep = torch.cat(kept, 1)

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
-from ..architectures import Linear, UnsupportedModel, Widths, block_count, family_of, narrowed_config, widths
+from ..architectures import (
+    Linear,
+    UnsupportedModel,
+    Widths,
+    block_count,
+    family_of,
+    has_biases,
+    narrowed_config,
+    widths,
+)
 from ..stage import ModelFacts, Parameters, Run, json_file, stage
 from .width import (
     Counts,
@@ -74,10 +83,10 @@ class CalibratedWidthParameters(WidthParameters):
 class FlapParameters(CalibratedWidthParameters):
     """Parameters of FLAP."""
 
-    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = Field(
+    structure: Literal["UL-UM", "AL-MM", "AL-AM"] = Field(
         "UL-UM",
-        description="UL-UM: every block gets equally narrow; UL-MM: heads and channels of a block compete; AL-MM, "
-        "AL-AM: those of all blocks do; all but UL-UM are stored as wide as the widest block",
+        description="UL-UM: every block gets equally narrow; AL-MM: heads of all blocks compete, and channels; AL-AM: "
+        "heads and channels of all blocks do, as in the paper; both are stored as wide as the widest block",
     )
     metric: Literal["WIFV", "IFV", "WIFN"] = Field(
         "WIFV", description="weighted input fluctuation, the fluctuation alone, or weighted input norm"
@@ -149,10 +158,30 @@ def check_width(parameters: WidthParameters, facts: ModelFacts) -> Iterator[str]
                 "spare fewer, or lower it"
             )
             return
+    yield from _check_counts(parameters, before, block_count(facts.config))
     try:
         _config_after(parameters, facts)
     except UnsupportedModel as error:
         yield str(error)
+
+
+def _check_counts(parameters: WidthParameters, before: Widths, blocks: int) -> Iterator[str]:
+    """Something must go, and as much as was asked must be there to go."""
+    share = parameters.share(blocks) if isinstance(parameters, LlmPrunerParameters) else parameters.sparsity
+    counts = uniform_counts(before, share, parameters.parts, parameters.multiple_of)
+    if counts == (before.groups, before.channels):
+        yield (
+            f"sparsity {share:g} of {before.groups} groups of heads and {before.channels} channels removes none "
+            f"(parts {parameters.parts}, multiple_of {parameters.multiple_of}); ask for more, or set parts to ffn"
+        )
+    elif parameters.parts == "all" and counts.channels == min(parameters.multiple_of, before.channels):
+        gone = (before.groups - counts.groups) * before.group_weights
+        gone += (before.channels - counts.channels) * before.channel_weights
+        if share * before.weights - gone > parameters.multiple_of * before.channel_weights:
+            yield (
+                f"sparsity {share:g} can't be met: {counts.groups} of {before.groups} groups of heads stay, and "
+                f"without all channels but {counts.channels} that is {gone / before.weights:.3f}; lower it"
+            )
 
 
 def _config_after(parameters: WidthParameters, facts: ModelFacts) -> dict[str, Any]:
@@ -164,7 +193,7 @@ def _config_after(parameters: WidthParameters, facts: ModelFacts) -> dict[str, A
 
 def _new_biases(parameters: WidthParameters, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that get biases which the model has not had."""
-    return () if family_of(config).always_biased else parameters.biased
+    return () if has_biases(config) else parameters.biased
 
 
 def _after(parameters: WidthParameters, facts: ModelFacts) -> ModelFacts:
@@ -350,7 +379,7 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
         if parameters.parts == "attention":
             counts = parameters.counts(before)
             left = [
-                _highest(group_scores(heads, before), torch.ones(before.channels), counts, before)
+                _highest(group_scores(heads.square(), before), torch.ones(before.channels), counts, before)
                 for heads in attention
             ]
         else:

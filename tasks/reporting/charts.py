@@ -33,19 +33,19 @@ def charts(document: Mapping[str, Any]) -> list[Chart]:
 
 
 def curves(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """{stage in the recipe: [(share of the first model's block weights removed, perplexity)]}, by rising share.
+    """{stage in the recipe: [(share removed of its first model's block weights, perplexity)]}, by rising share.
 
     A stage's variants of a matrix are one curve: "wanda[sparsity=0.5]" belongs to "wanda".
     """
     metrics = document["metrics"]
-    sources = [stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"]
-    whole = metrics.get(sources[0], {}).get("linear_weights") if len(sources) == 1 else None
+    stages = {stage["name"]: stage for stage in document["stages"]}
     found: dict[str, list[tuple[float, float]]] = {}
     for variant in document["variants"]:
         values = metrics.get(variant, {})
-        if variant in sources or "perplexity" not in values or "sparsity" not in values:
+        whole = stages.get(stages[variant].get("root"), {}).get("linear_weights")
+        if stages[variant]["stage"] == "source/model" or "perplexity" not in values or not whole:
             continue
-        left = (1 - values["sparsity"]) * (values["linear_weights"] / whole if whole else 1)
+        left = (1 - values["sparsity"]) * values["linear_weights"] / whole
         found.setdefault(re.sub(r"\[.*\]$", "", variant), []).append((max(0.0, 1 - left), values["perplexity"]))
     return {name: sorted(points) for name, points in found.items()}
 

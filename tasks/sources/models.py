@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ...storage.artifacts import Artifact, ArtifactWriter
-from ..architectures import Family, family_of
+from ..architectures import Family, family_of, linear_parameters
 from ..stage import Parameters, Run, json_file, stage
 from .locate import MODEL_FILES, SourceError, check_model, hub_commit, locate, model_content, read_config, weight_files
 
@@ -82,6 +82,7 @@ def model(run: Run, parameters: ModelParameters) -> Artifact:
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
+    run.note("linear_weights", linear_parameters(config))
     with ArtifactWriter(run.store, "checkpoint") as writer:
         for done, (block, group) in enumerate(names.items()):
             tensors = opened.read(group)

@@ -161,6 +161,14 @@ def test_only_keeps_what_a_stage_needs_and_its_evaluations(tiny_recipe: Path) ->
         load_recipe(str(tiny_recipe)).only(["nf44"])
 
 
+def test_a_matrix_of_lists_is_one_too(change: Change) -> None:
+    recipe = load_recipe(str(change(
+        "pruned: {use: prune, method: wanda, model: base, calibration: calibration, sparsity: 0.5}",
+        "pruned: {use: layers, method: arrange, model: base, matrix: {order: [[0, 1], [2, 2], '1-2']}}",
+    )))  # fmt: skip
+    assert {"pruned[order=0+1]", "gptq[order=2+2]", "nf4[order=1-2]"} <= {node.name for node in recipe.nodes}
+
+
 def test_a_matrix_fans_out_through_the_dag(change: Change) -> None:
     recipe = load_recipe(str(change("sparsity: 0.5", "matrix: {sparsity: [0.5, 0.6]}")))
     names = [node.name for node in recipe.nodes]

@@ -17,7 +17,7 @@ from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.pruning.allocation import mixed_patterns, owl_shares, rmi_shares, rmi_shares_slsqp, rmi_spread
 from coldpress.tasks.pruning.selection import parse_pattern
 from coldpress.tasks.pruning.statistics import centred_kernel, read_blocks, redundancies
-from coldpress.tasks.stage import ModelFacts
+from coldpress.tasks.stage import ModelFacts, StageError
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -168,6 +168,15 @@ def test_the_reference_solver_stops_between_the_mean_and_the_optimum() -> None:
     assert float((found - 0.7).abs().max()) <= 0.03 + 1e-6
     assert float(weights @ exact) <= float(weights @ found) + 1e-9 < float(weights.sum()) * 0.7
     assert 0.5 < float(torch.corrcoef(torch.stack([exact, found]))[0, 1]) <= 1
+
+
+def test_too_few_windows_say_nothing_of_redundancy(
+    import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
+) -> None:
+    model = import_model("llama")
+    with pytest.raises(StageError, match="take at least 3 samples"):
+        run_stage("statistics/rmi", {"model": model, "calibration": make_tokens(model, samples=2)})
+    assert rmi_shares([1.0, 1.0, 1.0], 0.5) == [0.5] * 3
 
 
 @pytest.mark.parametrize("allocation", ["owl", "rmi"])

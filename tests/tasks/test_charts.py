@@ -10,7 +10,7 @@ from coldpress.tasks.reporting.charts import charts, curves, perplexity_by_spars
 
 def document(**changes: Any) -> dict[str, Any]:
     weights = {"linear_weights": 1000, "sparsity": 0.0}
-    stages = [{"name": "base", "stage": "source/model"}]
+    stages: list[dict[str, Any]] = [{"name": "base", "stage": "source/model", "root": "base", "linear_weights": 1000}]
     metrics = {
         "base": {**weights, "perplexity": 10.0},
         "wanda[sparsity=0.7]": {**weights, "sparsity": 0.7, "perplexity": 500.0},
@@ -18,7 +18,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "narrow": {**weights, "linear_weights": 800, "perplexity": 14.0},
         "failed": {},
     }
-    stages += [{"name": name, "stage": "prune/x"} for name in metrics if name != "base"]
+    stages += [{"name": name, "stage": "prune/x", "root": "base"} for name in metrics if name != "base"]
     return {"stages": stages, "variants": list(metrics), "metrics": metrics, **changes}
 
 
@@ -33,6 +33,14 @@ def test_curves_are_drawn_when_one_has_several_points() -> None:
     assert ElementTree.fromstring(chart.svg).tag.endswith("svg")
     assert chart == perplexity_by_sparsity(document())  # equal figures, equal bytes
     assert perplexity_by_sparsity(document(variants=["base", "narrow", "failed"])) is None
+
+
+def test_curves_do_not_need_the_first_models_own_figures() -> None:
+    unmeasured = document(variants=["narrow"])
+    del unmeasured["metrics"]["base"]
+    assert curves(unmeasured) == {"narrow": [(0.19999999999999996, 14.0)]}
+    unmeasured["stages"][0]["linear_weights"] = None
+    assert curves(unmeasured) == {}
 
 
 def test_bars_are_drawn_for_stages_whose_blocks_differ() -> None:

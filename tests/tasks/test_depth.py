@@ -276,6 +276,13 @@ def test_contradictions_are_refused(method: str, parameters: dict[str, Any], sen
         stage_named(method).parameters(**parameters)
 
 
+def test_blocks_that_are_not_there_are_refused_when_the_model_is_known(
+    deep: Artifact, run_stage: Callable[..., Artifact]
+) -> None:
+    with pytest.raises(StageError, match="block 7 is out of range"):
+        run_stage("layers/arrange", {"model": deep}, remove=[7])
+
+
 def test_config_files_say_the_new_number_of_blocks(
     deep: Artifact, run_stage: Callable[..., Artifact], store: Store
 ) -> None:

@@ -63,6 +63,41 @@ def test_wanda_a_block_at_a_time_is_wanda_on_the_whole_model(
         assert torch.equal(tensors[name], model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("stage", [
+    "prune/wanda", "prune/sparsegpt", "prune/alps", "prune/wanda-sp", "quantize/gptq",
+    "statistics/owl", "statistics/rmi", "statistics/fluctuation", "statistics/influence", "statistics/removal",
+])  # fmt: skip
+def test_activations_that_overflow_are_an_error_not_a_choice(
+    stage: str, run_stage: Callable[..., Artifact], tiny_model_folder: Callable[..., str], copied: Callable[[str], Any],
+    make_tokens: Callable[..., Artifact],
+) -> None:  # fmt: skip
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(tiny_model_folder("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.1.mlp.{layer}.weight"] *= 1000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = run_stage("source/model", {}, source=str(folder), dtype="float16")
+    settings = {"sparsity": 0.5} if stage.startswith("prune") else {"group_size": 32} if "gptq" in stage else {}
+    with pytest.raises(StageError, match="not finite in float16; set dtype to bfloat16 or float32"):
+        run_stage(stage, {"model": model, "calibration": make_tokens(model)}, **settings)
+
+
+def test_weights_that_are_no_numbers_are_an_error(
+    run_stage: Callable[..., Artifact], copied: Callable[[str], Any], tiny_model_folder: Callable[..., str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(tiny_model_folder("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = run_stage("source/model", {}, source=str(folder))
+    with pytest.raises(StageError, match=r"scores of model\.layers\.1\.mlp\.up_proj\.weight are not finite"):
+        run_stage("prune/magnitude", {"model": model}, sparsity=0.5)
+
+
 def test_wanda_removes_exactly_the_floor_of_its_share_in_every_row(
     import_model: Callable[..., Artifact],
     wanda: Callable[..., Artifact],

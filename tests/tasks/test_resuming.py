@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from coldpress.storage.artifacts import Artifact
+from coldpress.storage.artifacts import Artifact, ArtifactWriter
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Action, Store
 from coldpress.tasks.blocks import SavingPace
@@ -69,7 +69,7 @@ def attempt(
     tokens = make_tokens(deep_model)
 
     def begin(name: str, how: Attempt) -> Action:
-        role, parameters = STAGES[name]
+        role, parameters = STAGES.get(name, ("calibration", {}))
         entry = stage_named(name)
         inputs = {"model": deep_model, **({role: tokens} if role else {})}
         return compute(how.run(), entry, entry.parameters(**parameters), inputs)
@@ -135,6 +135,22 @@ def test_a_stage_killed_between_its_last_block_and_publishing_computes_no_block_
     resumed = attempt("prune/wanda", second)
     assert [done for _, done, _ in second.said] == [BLOCKS]
     assert resumed.provenance["resumed"]["recomputed_blocks"] == 0
+
+
+@pytest.mark.parametrize("name", [*STAGES, "statistics/gradients", "statistics/taylor"])
+def test_a_stage_that_could_not_publish_what_it_finished_can_the_next_time(
+    name: str, store: Store, attempt: Callable[[str, Attempt], Action], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ArtifactWriter, **settings: Any) -> Artifact:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "publish", full)
+        with pytest.raises(Killed):
+            attempt(name, Attempt(store))
+    resumed = attempt(name, Attempt(store))
+    store.files.delete(f"actions/{name}/{resumed.key}")
+    assert attempt(name, Attempt(store)).artifact == resumed.artifact
 
 
 def test_a_stop_during_the_calibration_pass_is_heeded_before_the_block_is_done(

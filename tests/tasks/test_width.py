@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ from coldpress.tasks.pruning.width import (
     removed_output,
     uniform_counts,
 )
-from coldpress.tasks.stage import ModelFacts
+from coldpress.tasks.stage import ModelFacts, StageError
 from elsewhere import TRANSFORMERS, Loaded
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def test_of_equal_scores_the_last_stay() -> None:
     assert highest(torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0]), 3).tolist() == [1, 3, 4]
 
 
-@pytest.mark.parametrize("structure", ["UL-UM", "UL-MM", "AL-MM", "AL-AM"])
+@pytest.mark.parametrize("structure", ["UL-UM", "AL-MM", "AL-AM"])
 def test_structures_remove_their_share_where_they_say(structure: str) -> None:
     wide = widths({**LLAMA_7B, "hidden_size": 32, "intermediate_size": 100, "num_attention_heads": 8, "head_dim": 4})
     generator = torch.Generator().manual_seed(1)
@@ -102,15 +101,13 @@ def test_structures_remove_their_share_where_they_say(structure: str) -> None:
     groups, channels = [len(one.groups) for one in left], [len(one.channels) for one in left]
     by_block = [g * wide.group_weights + c * wide.channel_weights for g, c in zip(groups, channels, strict=True)]
     tolerance = wide.group_weights  # a head is the coarsest part
-    assert abs(sum(by_block) - 0.6 * 6 * wide.weights) <= 6 * tolerance
+    assert abs(sum(by_block) - 0.6 * 6 * wide.weights) <= tolerance
     assert min(groups) >= 1
     assert min(channels) >= 1
     if structure == "UL-UM":
         assert len(set(groups)) == len(set(channels)) == 1
     else:
         assert len(set(channels)) > 1
-    if structure.startswith("UL"):
-        assert all(abs(weights - 0.6 * wide.weights) <= tolerance for weights in by_block)
     if structure == "AL-MM":
         assert (sum(groups), sum(channels)) == (round(0.6 * 48), 360)
 
@@ -253,7 +250,8 @@ def test_flap_keeps_the_mean_of_what_it_removes(
         for layer, size in (("o_proj", 32), ("down_proj", 1)):
             name = next(name for name in inputs if layer in name)
             seen, weight = torch.cat(inputs[name]).double(), model.get_parameter(name).double()
-            score = (seen.var(0) * weight.square().sum(0)).view(-1, size).sum(1)
+            inputs_score = seen.var(0) * weight.square().sum(0)
+            score = (inputs_score if size == 1 else inputs_score.square()).view(-1, size).sum(1)
             kept = narrow[name].shape[1] // size
             gone = score.argsort()[: len(score) - kept]
             expected = (
@@ -386,7 +384,7 @@ def test_narrower_models_load_in_transformers_with_equal_logits(
 @pytest.mark.parametrize(
     ("config", "parameters", "method", "sentence"),
     [
-        (LLAMA_7B, {"sparsity": 0.2}, "flap", "set bias to false"),
+        (LLAMA_7B, {"sparsity": 0.2}, "flap", "or bias to false"),
         ({**LLAMA_7B, "model_type": "mistral"}, {"sparsity": 0.5}, "flap", "no place for biases"),
         ({**LLAMA_7B, "model_type": "gemma2"}, {"sparsity": 0.2}, "wanda-sp", "set parts to ffn"),
         (LLAMA_7B, {"sparsity": 0.2, "spare_first": 30, "spare_last": 2}, "llm-pruner", "leave none"),
@@ -401,6 +399,43 @@ def test_what_no_stock_config_can_say_is_refused(
     assert sentence in said
 
 
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"sparsity": 0.4, "parts": "attention"}, "0.4 of 2 groups of heads and 128 channels removes none"),
+        ({"sparsity": 0.1, "parts": "ffn", "multiple_of": 64}, "removes none"),
+        ({"sparsity": 0.95}, "sparsity 0.95 can't be met: 1 of 2 groups of heads stay"),
+    ],
+)
+def test_a_share_that_cannot_be_met_is_refused(parameters: dict[str, Any], sentence: str) -> None:
+    config = {**LLAMA_7B, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+              "num_key_value_heads": 2}  # fmt: skip
+    entry = stage_named("prune/magnitude-sp")
+    (said,) = entry.check(entry.parameters(**parameters), ModelFacts(config))
+    assert sentence in said
+
+
+def test_biases_need_a_place_in_opt_too() -> None:
+    config = {"model_type": "opt", "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    entry = stage_named("prune/flap")
+    parameters = entry.parameters(sparsity=0.5, parts="ffn")
+    assert list(entry.check(parameters, ModelFacts(config))) == []
+    (said,) = entry.check(parameters, ModelFacts({**config, "enable_bias": False}))
+    assert "no place for biases" in said
+
+
+def test_what_follows_blocks_of_widths_of_their_own_is_checked_when_the_width_is_known(
+    import_model: Callable[..., Artifact], run_stage: Callable[..., Artifact], make_tokens: Callable[..., Artifact]
+) -> None:
+    base = import_model("llama")
+    inputs = {"model": base, "calibration": make_tokens(base)}
+    odd = run_stage("prune/flap", inputs, sparsity=0.5, structure="AL-AM")
+    with pytest.raises(StageError, match="block_size 64 does not divide"):
+        run_stage("quantize/nf4", {"model": odd})
+    even = run_stage("prune/flap", inputs, sparsity=0.5, structure="AL-AM", multiple_of=32)
+    run_stage("quantize/gptq", {**inputs, "model": even}, group_size=32)
+
+
 def test_heads_alone_do_not_compete() -> None:
     with pytest.raises(ValueError, match="structure AL-AM is for parts all and ffn"):
         stage_named("prune/flap").parameters(sparsity=0.5, parts="attention", structure="AL-AM")
@@ -411,6 +446,5 @@ def test_head_counts_that_divide_stay_llama() -> None:
         assert narrowed_config(LLAMA_7B, groups, 11008)["model_type"] == kind
     with pytest.raises(UnsupportedModel):
         narrowed_config({**LLAMA_7B, "attention_bias": True}, 24, 11008)
-    combinations = itertools.product((16, 32), (("self_attn",), ("mlp",), ("self_attn", "mlp")))
-    assert all(narrowed_config(LLAMA_7B, groups, 64, biased)["head_dim" if groups == 16 else "hidden_size"]
-               for groups, biased in combinations)  # fmt: skip
+    biased = narrowed_config(LLAMA_7B, 16, 64, ("mlp",))
+    assert (biased["mlp_bias"], biased.get("attention_bias"), biased["head_dim"]) == (True, None, 128)
