@@ -345,7 +345,7 @@ def _check_arrangement(parameters: ArrangeParameters, facts: ModelFacts) -> Iter
     parameters=ArrangeParameters,
     inputs={"model": "checkpoint"},
     output="checkpoint",
-    paper="the study Franken-LLaMA, for its configurations",
+    paper="for its configurations the study Franken-LLaMA, 2024",
     accepts=frozenset(FORMATS),
     bits_written=0,
     check=_check_arrangement,
