@@ -55,7 +55,7 @@ def test_nf4_exports_load_in_transformers_with_equal_weights(
         assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.05, name
 
 
-def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
+def test_exports_in_gptqs_format_load_in_gptqmodel_with_the_same_weights(
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
     windows: Callable[[Artifact], Tensor],
@@ -73,6 +73,8 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
         "asymmetric": (llama, {"symmetric": False}),
         "8 bit": (llama, {"bits": 8, "group_size": 64}),
         "2 bit": (llama, {"bits": 2, "symmetric": False}),
+        "3 bit": (llama, {"bits": 3}),
+        "3 bit, asymmetric": (llama, {"bits": 3, "symmetric": False, "act_order": True}),
         "whole rows": (llama, {"group_size": -1}),
         "act order": (llama, {"act_order": True, "symmetric": False}),
         "static groups": (llama, {"act_order": True, "static_groups": True}),
@@ -84,6 +86,11 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
     for name, (model, parameters) in variants.items():
         inputs = {"model": model, "calibration": tokens}
         models[name] = run_stage("quantize/gptq", inputs, **{"group_size": 32, **parameters})
+    models["rtn"] = run_stage("quantize/rtn", {"model": pruned}, group_size=32)
+    models["rtn, 3 bit"] = run_stage("quantize/rtn", {"model": llama}, bits=3, group_size=-1, symmetric=False)
+    for family, bits in (("llama", 4), ("qwen2", 3), ("gemma3_text", 4), ("opt", 4)):
+        inputs = {"model": import_model(family), "calibration": tokens}
+        models[f"awq of {family}"] = run_stage("quantize/awq", inputs, bits=bits, group_size=32)
     ids = windows(tokens)
     for name, loaded in load_elsewhere(GPTQMODEL, ids, models).items():
         expected = dense_weights(models[name])
