@@ -64,7 +64,7 @@ class Rounding:
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     """||D X||^2 of each row of D [rows, columns], for gram = X X^T; [rows] float32."""
-    return ((difference @ gram) * difference).sum(1)
+    return (difference @ gram).mul_(difference).sum(1)
 
 
 def pooled(values: Tensor, rows: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def search_scale(
         scale = scale / (scale.max() * scale.min()).sqrt()
         if storable is not None:
             scale = storable(scale)
-        rounded = rounding.values(weight * scale, keep) / scale
-        error = output_error(weight - rounded, gram).sum().item()
+        rounded = rounding.values(weight * scale, keep).div_(scale)
+        error = output_error(rounded.sub_(weight), gram).sum().item()
         if error < least:
             best, chosen, least = scale, exponent, error
     if least == float("inf"):

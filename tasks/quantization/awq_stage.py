@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ...storage.artifacts import Artifact
 from ..architectures import family_of, feeding_rows, folds_of
-from ..stage import Run, StageError, stage
+from ..stage import ModelFacts, Run, StageError, stage
 from .stage import ComputeDtype, GroupParameters, check_groups, quantized_checkpoint, stacked_masks
 
 if TYPE_CHECKING:
@@ -26,7 +26,16 @@ class AwqParameters(GroupParameters):
 
     symmetric: bool = Field(False, description="the zero point stands in the middle of the codes")
     clip: bool = Field(True, description="cut outliers off where that makes the error smaller; not of queries and keys")
+    format: Literal["gptq", "awq"] = Field("gptq", description="of the checkpoint; awq has 4 bits, asymmetric")
     dtype: ComputeDtype = Field("auto", description="of the calibration pass; auto is the checkpoint's own")
+
+
+def check_awq(parameters: AwqParameters, facts: ModelFacts) -> Iterator[str]:
+    """What the format asks for."""
+    if parameters.format == "awq" and (parameters.bits != 4 or parameters.symmetric or parameters.group_size == -1):
+        yield "format awq has 4 bits, asymmetric, in groups; with other settings write format: gptq"
+        return
+    yield from check_groups(parameters, facts)
 
 
 @stage(
@@ -37,12 +46,12 @@ class AwqParameters(GroupParameters):
     inputs={"model": "checkpoint", "calibration": "tokens"},
     output="checkpoint",
     paper="Lin et al. 2023, arXiv:2306.00978",
-    check=check_groups,
-    after=lambda parameters, facts: replace(facts, format="gptq"),
+    check=check_awq,
+    after=lambda parameters, facts: replace(facts, format=parameters.format),
 )
 def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """Activation-aware rounding: large inputs are scaled down and the weights that read them up, which then get finer
-    steps. Stored in GPTQ's format.
+    steps.
 
     The scales go into norms and layers before (`architectures.Fold`). Features that no module can take a scale of, such
     as what GELU gives, are left as they are. Query heads that read one key-value head share its values' scales.
@@ -50,12 +59,15 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
     import torch
 
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype
+    from . import awq_format, gptq_format
     from .awq import InputSummary, Rounding, clip
-    from .gptq_format import pack, quantization_config
     from .grid import round_to_nearest
 
     grid: dict[str, Any] = parameters.model_dump(include={"bits", "group_size", "symmetric"})
-    settings = quantization_config(**grid)
+    gemm = parameters.format == "awq"
+    settings = (
+        awq_format.quantization_config(parameters.group_size) if gemm else gptq_format.quantization_config(**grid)
+    )
     rounding = Rounding(**grid)
 
     def change(block: Block) -> Change:
@@ -71,7 +83,11 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
                 weight, keep = tensors.pop(name), block.masks.get(name)
                 if parameters.clip and not block.linears[name].compared:
                     weight = clip(weight, gram, rounding, keep)
-                packed.update(pack(name.removesuffix(".weight"), round_to_nearest(weight, **grid, keep=keep), settings))
+                solution = round_to_nearest(weight, **grid, keep=keep)
+                module = name.removesuffix(".weight")
+                packed.update(
+                    awq_format.pack(module, solution) if gemm else gptq_format.pack(module, solution, settings)
+                )
         changed = {name: tensor for name, tensor in tensors.items() if tensor is not block.rest[name]}
         return Change({**packed, **changed}, frozenset(block.weights) | changed.keys(), notes={"exponent": exponents})
 

@@ -62,7 +62,7 @@ def to_codes(weight: Tensor, grid: Grid, bits: int) -> Tensor:
 def from_codes(codes: Tensor, grid: Grid) -> Tensor:
     """The weights that codes stand for, float32."""
     scale, zero = (grid.scale, grid.zero) if codes.dim() == 1 else (grid.scale[:, None], grid.zero[:, None])
-    return (codes - zero) * scale
+    return (codes - zero).mul_(scale)
 
 
 def nearest(

@@ -84,18 +84,22 @@ def quantized_checkpoint(
     settings: Mapping[str, Any],
     **calibration: Any,
 ) -> Artifact:
-    """A model in GPTQ's format after every block went through `change`; `calibration` goes to `run_blocks`."""
+    """A model in GPTQ's or AWQ's format after every block went through `change`.
+
+    settings: those of the format, which name it. calibration: what `run_blocks` is to be given besides.
+    """
     from ..blocks import run_blocks
 
+    format = settings["quant_method"]
     with ArtifactWriter(run.store, "checkpoint") as writer:
         run_blocks(
-            run, model, "quantizing", change=change, writer=writer, format="gptq", quantization=settings, **calibration
+            run, model, "quantizing", change=change, writer=writer, format=format, quantization=settings, **calibration
         )
         writer.share_masks(model.manifest)
         writer.share_files(model.manifest)
         writer.add_file("quantize_config.json", json_file(settings))
         writer.add_file("config.json", json_file({**model.config, "quantization_config": settings}))
-        return writer.publish(format="gptq", quantization=settings)
+        return writer.publish(format=format, quantization=settings)
 
 
 @stage(

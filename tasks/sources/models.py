@@ -120,6 +120,9 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
     readable = known_format and settings.get("bits") in PACKABLE_BITS
     if method == "gptq" and readable:
         return "gptq", settings
+    gemm = str(settings.get("version", "gemm")).lower() == "gemm" and settings.get("bits") == 4
+    if method == "awq" and gemm and settings.get("zero_point", True):
+        return "awq", settings
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
         return "bitsandbytes", settings
     raise SourceError(

@@ -11,8 +11,12 @@ import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
 from coldpress.tasks.architectures import FAMILIES, folds_of, known_model_types
+from coldpress.tasks.catalogue import stage_named
+from coldpress.tasks.quantization import awq_format
 from coldpress.tasks.quantization.awq import InputSummary, Rounding, clip, pooled, search_scale
 from coldpress.tasks.quantization.folding import fold_scale, storable_scale
+from coldpress.tasks.quantization.grid import Solution
+from coldpress.tasks.stage import ModelFacts
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -226,3 +230,37 @@ def test_modules_that_take_no_scale_stay_as_they_are(
     assert {name.removesuffix(".weight") if "norm" in name else name for name in in_last} - {
         f"{norm}.bias" for norm in expected
     } == expected
+
+
+def test_awqs_own_format_stands_for_the_same_weights_as_gptqs(
+    run_stage: Callable[..., Artifact],
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    dense_weights: Callable[..., Tensors],
+) -> None:
+    base = import_model("llama")
+    inputs = {"model": base, "calibration": make_tokens(base)}
+    packed = [run_stage("quantize/awq", inputs, group_size=32, format=format) for format in ("gptq", "awq")]
+    assert packed[0] != packed[1]
+    gptqs, awqs = (dense_weights(model) for model in packed)
+    assert len(gptqs) == len(awqs) == 3 * 7
+    assert all(torch.equal(gptqs[layer], awqs[layer]) for layer in gptqs)
+
+
+def test_awqs_own_format_has_even_outputs_in_the_lower_half_of_a_word() -> None:
+    codes = torch.tensor([[1], [2], [3], [4], [5], [6], [7], [8]], dtype=torch.uint8)  # eight outputs, one input
+    zeros = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 15]], dtype=torch.uint8)
+    solution = Solution(codes, torch.full((1, 8), 0.5), zeros, torch.zeros(1, dtype=torch.int32))
+    packed = awq_format.pack("x", solution)
+    assert {name: tensor.tolist() for name, tensor in packed.items()} == {
+        "x.qweight": [[0x86427531 - 2**32]], "x.qzeros": [[0xF0000000 - 2**32]], "x.scales": [[0.5] * 8],
+    }  # fmt: skip
+    weight = awq_format.unpack_all(packed, "cpu")["x.weight"]
+    assert weight.flatten().tolist() == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, -3.5]
+
+
+@pytest.mark.parametrize("parameters", [{"bits": 3}, {"symmetric": True}, {"group_size": -1}])
+def test_what_awqs_own_format_does_not_have_is_known_before_anything_runs(parameters: dict[str, Any]) -> None:
+    entry = stage_named("quantize/awq")
+    (error,) = entry.check(entry.parameters(format="awq", **parameters), ModelFacts({}))
+    assert error == "format awq has 4 bits, asymmetric, in groups; with other settings write format: gptq"

@@ -99,7 +99,7 @@ def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_af
         {"act_order": True, "symmetric": False},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_quantized_model_computes_with_exactly_what_its_stored_tensors_stand_for(
     parameters: dict[str, Any],
     import_model: Callable[..., Artifact],
