@@ -89,7 +89,9 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
                     awq_format.pack(module, solution) if gemm else gptq_format.pack(module, solution, settings)
                 )
         changed = {name: tensor for name, tensor in tensors.items() if tensor is not block.rest[name]}
-        return Change({**packed, **changed}, frozenset(block.weights) | changed.keys(), notes={"exponent": exponents})
+        return Change(
+            {**packed, **changed}, frozenset(block.weights) | changed.keys(), notes={"scale_exponent": exponents}
+        )
 
     with StoredModel(run, model) as stored:
         return quantized_checkpoint(

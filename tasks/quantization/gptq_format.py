@@ -42,9 +42,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     for start in range(0, count * bits, 32):
         first, last = start // bits, -(-(start + 32) // bits)  # the codes with a bit in this word
         shifts = torch.arange(first * bits - start, last * bits - start, bits, device=codes.device)[:, None]
-        part = wide[:, first:last]
-        # Every code has bits of its own, so the sum is the bitwise or.
-        words.append(((part << shifts.clamp(min=0)) >> (-shifts).clamp(min=0)).sum(1))
+        # Every code has bits of its own, so the sum is the bitwise or. The lowest `bits` are those of the word before.
+        words.append((wide[:, first:last] << (shifts + bits)).sum(1) >> bits)
     # What lies beyond 32 bits belongs to the next word; values from 2^31 on wrap to negative int32.
     return (torch.stack(words, 1) & 0xFFFFFFFF).reshape(-1, columns).to(torch.int32)
 
@@ -53,16 +52,18 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 [n, m]."""
     columns = packed.shape[1]
     count = codes_at_once(bits)
-    groups = packed.reshape(-1, count * bits // 32, columns)
     starts = torch.arange(0, count * bits, bits, dtype=torch.int32, device=packed.device)
     shifts = (starts % 32)[:, None]
-    codes = groups[:, starts // 32] >> shifts
-    if 32 % bits:
+    words = packed.reshape(-1, count * bits // 32, columns)
+    if words.shape[1] == 1:
+        codes = words >> shifts
+    else:
+        codes = words[:, starts // 32] >> shifts
         # Codes that end in the next word: its lowest bits, above those that are left of this one.
-        spill = (starts % 32 + bits > 32).nonzero().flatten()
-        left = 32 - shifts[spill]
-        following = groups[:, starts[spill] // 32 + 1]
-        codes[:, spill] = (codes[:, spill] & ((1 << left) - 1)) | (following << left)
+        split = (starts % 32 + bits > 32).nonzero().flatten()
+        left = 32 - shifts[split]
+        following = words[:, starts[split] // 32 + 1]
+        codes[:, split] = (codes[:, split] & ((1 << left) - 1)) | (following << left)
     return (codes & (2**bits - 1)).reshape(-1, columns).to(torch.uint8)
 
 

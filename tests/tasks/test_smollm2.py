@@ -225,7 +225,7 @@ def test_repair_is_better_than_choice_alone_and_patterns_cost(
     assert sparsegpt < after("sparsegpt", pattern="4:8") < after("sparsegpt", pattern="2:4")
 
 
-def test_gptq_is_better_than_plain_rounding(
+def test_gptq_and_awq_are_better_than_plain_rounding(
     stage: Stage,
     base: Artifact,
     whole: Any,
@@ -235,6 +235,7 @@ def test_gptq_is_better_than_plain_rounding(
 ) -> None:
     inputs = {"model": base, "calibration": wikitext["calibration"]}
     gptq = perplexity(stage("quantize/gptq", inputs, group_size=64), wikitext["test"])
+    awq = perplexity(stage("quantize/awq", inputs, group_size=64, symmetric=True), wikitext["test"])
     linears = [name for name, _ in whole.named_parameters() if name.endswith("_proj.weight")]
     assert len(linears) == LAYERS
     for name in linears:
@@ -245,3 +246,4 @@ def test_gptq_is_better_than_plain_rounding(
     rounded = plain_methods.perplexity(whole, ids(wikitext["test"]))
     dense = perplexity(base, wikitext["test"])
     assert dense < gptq < rounded
+    assert dense < awq < rounded
