@@ -23,12 +23,29 @@ class Linear:
 
     name: relative to the block. reads: what its input is; layers with the same word read the very same tensor, so
     they share one statistic. inputs, outputs: its dimensions, as words that `dimension` turns into numbers.
+    compared: whether its outputs go into attention scores, where queries are compared with keys.
     """
 
     name: str
     reads: str
     inputs: str
     outputs: str
+    compared: bool = False
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where a scale of features can go without changing the model: whoever reads the features is multiplied by it, what
+    makes them divided.
+
+    reads: the features, as in `Linear`. into: the module that makes them, relative to the block: a norm, or a linear
+    layer with nothing in between but what passes a positive factor on. only_if: (config entry, the value that it must
+    have; an entry that isn't there has it).
+    """
+
+    reads: str
+    into: str
+    only_if: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class Family:
     bias_keys: (module within a block, the config's switch that gives all its linear layers a bias).
     any_head_count: whether the stock config takes numbers of heads that do not divide the hidden size.
     always_biased: whether all linear layers have biases, unless `enable_bias` is off.
+    folds: features whose scale can go elsewhere. norm_offset: what norms add to their weight before they use it.
     """
 
     name: str
@@ -53,6 +71,8 @@ class Family:
     bias_keys: tuple[tuple[str, str], ...] = ()
     any_head_count: bool = False
     always_biased: bool = False
+    folds: tuple[Fold, ...] = ()
+    norm_offset: float = 0.0
 
     def block_prefix(self, index: int) -> str:
         """ "model.layers.3." """
@@ -79,14 +99,22 @@ class Family:
 
 # q, k, v, o and a gated FFN: what Llama and most of its relatives have in a block.
 GATED = (
-    Linear("self_attn.q_proj", "attention input", "hidden", "query"),
-    Linear("self_attn.k_proj", "attention input", "hidden", "key"),
+    Linear("self_attn.q_proj", "attention input", "hidden", "query", compared=True),
+    Linear("self_attn.k_proj", "attention input", "hidden", "key", compared=True),
     Linear("self_attn.v_proj", "attention input", "hidden", "key"),
     Linear("self_attn.o_proj", "attention output", "query", "hidden"),
     Linear("mlp.gate_proj", "mlp input", "hidden", "width"),
     Linear("mlp.up_proj", "mlp input", "hidden", "width"),
     Linear("mlp.down_proj", "mlp activation", "width", "hidden"),
 )
+# Values are averaged and the FFN's two halves multiplied, so both pass factors on.
+INNER_FOLDS = (Fold("attention output", "self_attn.v_proj"), Fold("mlp activation", "mlp.up_proj"))
+GATED_FOLDS = (
+    Fold("attention input", "input_layernorm"),
+    Fold("mlp input", "post_attention_layernorm"),
+    *INNER_FOLDS,
+)
+_OPT_NORMS = (("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True))
 
 FAMILIES = (
     Family(
@@ -95,9 +123,10 @@ FAMILIES = (
         "model.layers",
         GATED,
         bias_keys=(("self_attn", "attention_bias"), ("mlp", "mlp_bias")),
+        folds=GATED_FOLDS,
     ),
-    Family("Mistral", ("mistral",), "model.layers", GATED, any_head_count=True),
-    Family("Qwen 2", ("qwen2",), "model.layers", GATED, any_head_count=True),
+    Family("Mistral", ("mistral",), "model.layers", GATED, any_head_count=True, folds=GATED_FOLDS),
+    Family("Qwen 2", ("qwen2",), "model.layers", GATED, any_head_count=True, folds=GATED_FOLDS),
     Family(
         "Qwen 3",
         ("qwen3",),
@@ -105,9 +134,17 @@ FAMILIES = (
         GATED,
         bias_keys=(("self_attn", "attention_bias"),),
         any_head_count=True,
+        folds=GATED_FOLDS,
     ),
     Family(
-        "Gemma", ("gemma",), "model.layers", GATED, bias_keys=(("self_attn", "attention_bias"),), any_head_count=True
+        "Gemma",
+        ("gemma",),
+        "model.layers",
+        GATED,
+        bias_keys=(("self_attn", "attention_bias"),),
+        any_head_count=True,
+        folds=GATED_FOLDS,
+        norm_offset=1.0,
     ),
     Family(
         "Gemma 2 and 3",
@@ -115,14 +152,20 @@ FAMILIES = (
         "model.layers",
         GATED,
         bias_keys=(("self_attn", "attention_bias"),),
+        folds=(
+            Fold("attention input", "input_layernorm"),
+            Fold("mlp input", "pre_feedforward_layernorm"),
+            *INNER_FOLDS,
+        ),
+        norm_offset=1.0,
     ),
     Family(
         "OPT",
         ("opt",),
         "model.decoder.layers",
         (
-            Linear("self_attn.q_proj", "attention input", "hidden", "hidden"),
-            Linear("self_attn.k_proj", "attention input", "hidden", "hidden"),
+            Linear("self_attn.q_proj", "attention input", "hidden", "hidden", compared=True),
+            Linear("self_attn.k_proj", "attention input", "hidden", "hidden", compared=True),
             Linear("self_attn.v_proj", "attention input", "hidden", "hidden"),
             Linear("self_attn.out_proj", "attention output", "hidden", "hidden"),
             Linear("fc1", "mlp input", "hidden", "width"),
@@ -130,13 +173,19 @@ FAMILIES = (
         ),
         width="ffn_dim",
         always_biased=True,
+        folds=(
+            Fold("attention input", "self_attn_layer_norm", _OPT_NORMS),
+            Fold("attention output", "self_attn.v_proj"),
+            Fold("mlp input", "final_layer_norm", _OPT_NORMS),
+            Fold("mlp activation", "fc1", (("activation_function", "relu"),)),
+        ),
     ),
     Family(
         "GPT-NeoX",
         ("gpt_neox",),
         "gpt_neox.layers",
         (
-            Linear("attention.query_key_value", "attention input", "hidden", "three hidden"),
+            Linear("attention.query_key_value", "attention input", "hidden", "three hidden", compared=True),
             Linear("attention.dense", "attention output", "hidden", "hidden"),
             Linear("mlp.dense_h_to_4h", "mlp input", "hidden", "width"),
             Linear("mlp.dense_4h_to_h", "mlp activation", "width", "hidden"),
@@ -144,6 +193,11 @@ FAMILIES = (
         renamed=(("lm_head.weight", "embed_out.weight"),),
         not_weights=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
         always_biased=True,
+        folds=(
+            Fold("attention input", "input_layernorm"),
+            Fold("attention output", "attention.query_key_value"),
+            Fold("mlp input", "post_attention_layernorm"),
+        ),
     ),
 )
 
@@ -181,6 +235,28 @@ def dimension(config: Mapping[str, Any], word: str, family: Family) -> int:
         case "width":
             return int(config[family.width])
     raise AssertionError(word)
+
+
+def folds_of(config: Mapping[str, Any]) -> dict[str, Fold]:
+    """{features: where a scale of them can go} in this model; features that are missing have no such place."""
+    folds = family_of(config).folds
+    return {fold.reads: fold for fold in folds if all(config.get(key, value) == value for key, value in fold.only_if)}
+
+
+def feeding_rows(config: Mapping[str, Any], fold: Fold) -> list[int]:
+    """For each of the features that a fold is about, which output of `fold.into` it comes from."""
+    family = family_of(config)
+    reader = next(linear for linear in family.linears if linear.reads == fold.reads)
+    features = dimension(config, reader.inputs, family)
+    into = next((linear for linear in family.linears if linear.name == fold.into), None)
+    if into is None or into.outputs == reader.inputs:
+        return list(range(features))
+    heads = int(config["num_attention_heads"])
+    head = features // heads
+    if into.outputs == "three hidden":  # query, key and value of one head after the other
+        return [3 * head * number + 2 * head + place for number in range(heads) for place in range(head)]
+    sharing = heads // int(config.get("num_key_value_heads") or heads)
+    return [number // sharing * head + place for number in range(heads) for place in range(head)]
 
 
 @dataclass(frozen=True)

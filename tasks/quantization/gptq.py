@@ -6,24 +6,11 @@ their Hessian, so their rows are stacked and solved together.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..gram import inverse_factor
-from .grid import Grid, fit_grid, from_codes, to_codes
-
-
-class Solution(NamedTuple):
-    """codes: [rows, columns] uint8, columns in the weight's own order. scales: [groups, rows] float32 and zeros:
-    [groups, rows] uint8, as stored. group_index: [columns] int32, the group of each column.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group_index: Tensor
+from .grid import Grid, Solution, fit_grid, from_codes, to_codes
 
 
 def _aligned(column_block: int, group_size: int) -> int:

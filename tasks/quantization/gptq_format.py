@@ -1,7 +1,8 @@
 """GPTQ's checkpoint format: integers packed into int32, as GPTQModel, vLLM and transformers read it.
 
 For a weight [out_features, in_features] `x.weight` the tensors are
-`x.qweight` int32 [in_features * bits / 32, out_features], codes packed along the inputs, the first in the lowest bits;
+`x.qweight` int32 [in_features * bits / 32, out_features], codes packed along the inputs, the first in the lowest bits
+(of 3-bit codes, 32 in three words);
 `x.qzeros` int32 [groups, out_features * bits / 32], zero points: minus one in checkpoint_format "gptq" (v1), as they
 are in "gptq_v2". Symmetric grids are written as v1, which everything reads; others as v2, since GPTQModel refuses
 asymmetric v1 files of other makers, whose zero point 0 wraps around;
@@ -10,33 +11,60 @@ asymmetric v1 files of other makers, whose zero point 0 wraps around;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gptq import Solution
+from .grid import Solution
 
-PACKABLE_BITS = (2, 4, 8)
+PACKABLE_BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
+def codes_at_once(bits: int) -> int:
+    """The fewest codes that fill whole int32 words: 16 of 2 bits fill one word, 32 of 3 bits three, 8 of 4, 4 of 8."""
+    return 32 // math.gcd(bits, 32)
+
+
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, m] in [0, 2^bits - 1] packed along the first dimension: int32 [n * bits / 32, m]."""
-    lanes = 32 // bits
+    """Codes [n, m] in [0, 2^bits - 1] packed along the first dimension: int32 [n * bits / 32, m].
+
+    Along it the words are one stream of bits, the lowest of each word first; a code of 3 bits may begin in one word and
+    end in the next. n must be a multiple of `codes_at_once`.
+    """
     rows, columns = codes.shape
-    shifts = torch.arange(0, 32, bits, dtype=torch.int64, device=codes.device)
-    wide = codes.to(torch.int64).reshape(rows // lanes, lanes, columns) << shifts[:, None]
-    # Every lane has bits of its own, so the sum is the bitwise or; values from 2^31 on wrap to negative int32.
-    return wide.sum(1).to(torch.int32)
+    count = codes_at_once(bits)
+    wide = codes.to(torch.int64).reshape(rows // count, count, columns)
+    words = []
+    for start in range(0, count * bits, 32):
+        first, last = start // bits, -(-(start + 32) // bits)  # the codes with a bit in this word
+        shifts = torch.arange(first * bits - start, last * bits - start, bits, device=codes.device)[:, None]
+        # Every code has bits of its own, so the sum is the bitwise or. The lowest `bits` are those of the word before.
+        words.append((wide[:, first:last] << (shifts + bits)).sum(1) >> bits)
+    # What lies beyond 32 bits belongs to the next word; values from 2^31 on wrap to negative int32.
+    return (torch.stack(words, 1) & 0xFFFFFFFF).reshape(-1, columns).to(torch.int32)
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 [n, m]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    lanes = (packed[:, None, :] >> shifts[:, None]) & (2**bits - 1)
-    return lanes.reshape(-1, packed.shape[1]).to(torch.uint8)
+    columns = packed.shape[1]
+    count = codes_at_once(bits)
+    starts = torch.arange(0, count * bits, bits, dtype=torch.int32, device=packed.device)
+    shifts = (starts % 32)[:, None]
+    words = packed.reshape(-1, count * bits // 32, columns)
+    if words.shape[1] == 1:
+        codes = words >> shifts
+    else:
+        codes = words[:, starts // 32] >> shifts
+        # Codes that end in the next word: its lowest bits, above those that are left of this one.
+        split = (starts % 32 + bits > 32).nonzero().flatten()
+        left = 32 - shifts[split]
+        following = words[:, starts[split] // 32 + 1]
+        codes[:, split] = (codes[:, split] & ((1 << left) - 1)) | (following << left)
+    return (codes & (2**bits - 1)).reshape(-1, columns).to(torch.uint8)
 
 
 def pack(module: str, solution: Solution, quantization: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -72,16 +100,18 @@ def unpack_all(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any], d
     return {f"{module}.weight": unpack(tensors, module, quantization, device) for module in modules}
 
 
-def quantization_config(bits: int, group_size: int, act_order: bool, symmetric: bool, damping: float) -> dict[str, Any]:
+def quantization_config(
+    bits: int, group_size: int, symmetric: bool, *, act_order: bool = False, damping: float | None = None
+) -> dict[str, Any]:
     """What goes into `quantize_config.json`, and into config.json under `quantization_config`."""
-    return {
+    settings = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "bits": bits,
         "group_size": group_size,
         "desc_act": act_order,
         "sym": symmetric,
-        "damp_percent": damping,
         "lm_head": False,
         "pack_dtype": "int32",
     }
+    return settings if damping is None else {**settings, "damp_percent": damping}

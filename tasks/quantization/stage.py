@@ -1,10 +1,11 @@
-"""The quantization stages: the block loop with a quantizer in it."""
+"""Quantization stages: the block loop with a quantizer in it. AWQ, which also changes norms, is in `awq_stage.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from math import gcd
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -15,21 +16,26 @@ from ..stage import ModelFacts, Parameters, Run, StageError, json_file, stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..blocks import Block
+    from ..blocks import Block, Change, StoredModel
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class GptqParameters(Parameters):
-    """Parameters of GPTQ."""
+class GroupParameters(Parameters):
+    """Parameters of all that is stored in GPTQ's format."""
 
-    bits: Literal[2, 4, 8] = Field(4, description="bits of a weight")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
     group_size: int = Field(128, description="inputs that share a scale; -1 for a whole row")
     symmetric: bool = Field(True, description="the zero point stands in the middle of the codes")
+
+
+class GptqParameters(GroupParameters):
+    """Parameters of GPTQ."""
+
     act_order: bool = Field(False, description="quantize the inputs with the largest activations first")
     static_groups: bool = Field(False, description="scales from the original weights, not from the updated ones")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian's diagonal")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the calibration pass; auto is the checkpoint's own"
-    )
+    dtype: ComputeDtype = Field("auto", description="of the calibration pass; auto is the checkpoint's own")
 
 
 class Nf4Parameters(Parameters):
@@ -39,9 +45,11 @@ class Nf4Parameters(Parameters):
     double_quant: bool = Field(False, description="quantize the scales too, to 8 bit")
 
 
-def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
+def check_groups(parameters: GroupParameters, facts: ModelFacts) -> Iterator[str]:
     """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
-    size, lanes = parameters.group_size, 32 // parameters.bits
+    size = parameters.group_size
+    count = 32 // gcd(parameters.bits, 32)
+    words = parameters.bits * count // 32
     if size != -1 and size < 1:
         yield f"group_size {size} is neither positive nor -1 (a whole row)"
         return
@@ -52,10 +60,11 @@ def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
             advice = f"{' or '.join(map(str, fitting))} would" if fitting else "-1 (a whole row) would"
             yield f"group_size {size} does not divide the {columns} inputs of {name}; {advice}"
             return
-        if columns % lanes or rows % lanes:
+        if columns % count or rows % count:
+            to_what = "a word" if words == 1 else f"{words} words"
             yield (
-                f"{name} is {rows} x {columns}, and {parameters.bits}-bit codes are packed {lanes} to a word, "
-                f"which needs both to be multiples of {lanes}"
+                f"{name} is {rows} x {columns}, and {parameters.bits}-bit codes are packed {count} to {to_what}, "
+                f"which needs both to be multiples of {count}"
             )
             return
 
@@ -68,6 +77,62 @@ def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
             return
 
 
+def quantized_checkpoint(
+    run: Run,
+    model: StoredModel,
+    change: Callable[[Block], Change],
+    settings: Mapping[str, Any],
+    **calibration: Any,
+) -> Artifact:
+    """A model in GPTQ's or AWQ's format after every block went through `change`.
+
+    settings: those of the format, which name it. calibration: what `run_blocks` is to be given besides.
+    """
+    from ..blocks import run_blocks
+
+    format = settings["quant_method"]
+    with ArtifactWriter(run.store, "checkpoint") as writer:
+        run_blocks(
+            run, model, "quantizing", change=change, writer=writer, format=format, quantization=settings, **calibration
+        )
+        writer.share_masks(model.manifest)
+        writer.share_files(model.manifest)
+        writer.add_file("quantize_config.json", json_file(settings))
+        writer.add_file("config.json", json_file({**model.config, "quantization_config": settings}))
+        return writer.publish(format=format, quantization=settings)
+
+
+@stage(
+    "quantize",
+    "rtn",
+    version=1,
+    parameters=GroupParameters,
+    inputs={"model": "checkpoint"},
+    output="checkpoint",
+    paper="the baseline of Frantar et al. 2022, arXiv:2210.17323",
+    check=check_groups,
+    after=lambda parameters, facts: replace(facts, format="gptq"),
+)
+def rtn(run: Run, parameters: GroupParameters, model: Artifact) -> Artifact:
+    """Round to nearest: each weight by itself, without data. Stored in GPTQ's format."""
+    from ..blocks import Change, StoredModel
+    from .gptq_format import pack, quantization_config
+    from .grid import round_to_nearest
+
+    asked = parameters.model_dump()
+    settings = quantization_config(**asked)
+
+    def change(block: Block) -> Change:
+        tensors: dict[str, Tensor] = {}
+        for name, weight in block.weights.items():
+            solution = round_to_nearest(weight, **asked, keep=block.masks.get(name))
+            tensors.update(pack(name.removesuffix(".weight"), solution, settings))
+        return Change(tensors, frozenset(block.weights))
+
+    with StoredModel(run, model) as stored:
+        return quantized_checkpoint(run, stored, change, settings)
+
+
 @stage(
     "quantize",
     "gptq",
@@ -76,27 +141,30 @@ def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
     inputs={"model": "checkpoint", "calibration": "tokens"},
     output="checkpoint",
     paper="Frantar et al. 2022, arXiv:2210.17323",
-    check=check_gptq,
+    check=check_groups,
     after=lambda parameters, facts: replace(facts, format="gptq"),
 )
 def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Artifact) -> Artifact:
     """Second-order quantization: min ||W X - Q X||^2 column by column, each error spread over the columns to come."""
     import torch
 
-    from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from ..blocks import Change, StoredModel, read_windows, resolve_dtype
     from ..gram import Gram
     from .gptq import solve
     from .gptq_format import pack, quantization_config
 
     settings = quantization_config(
-        parameters.bits, parameters.group_size, parameters.act_order, parameters.symmetric, parameters.damping
+        parameters.bits,
+        parameters.group_size,
+        parameters.symmetric,
+        act_order=parameters.act_order,
+        damping=parameters.damping,
     )
 
     def change(block: Block) -> Change:
         tensors: dict[str, Tensor] = {}
         for names in block.by_input():
             weight = torch.cat([block.weights[name] for name in names])
-            keep = _stacked_masks(block, names)
             try:
                 solution = solve(
                     weight,
@@ -107,40 +175,27 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
                     act_order=parameters.act_order,
                     static_groups=parameters.static_groups,
                     damping=parameters.damping,
-                    keep=keep,
+                    keep=stacked_masks(block, names),
                 )
             except ValueError as error:
                 raise StageError(f"GPTQ failed on {names[0]}: {error}") from error
             first = 0
             for name in names:
                 last = first + len(block.weights[name])
-                part = solution._replace(
-                    codes=solution.codes[first:last],
-                    scales=solution.scales[:, first:last],
-                    zeros=solution.zeros[:, first:last],
-                )
-                tensors.update(pack(name.removesuffix(".weight"), part, settings))
+                tensors.update(pack(name.removesuffix(".weight"), solution.rows(first, last), settings))
                 first = last
         return Change(tensors, frozenset(block.weights))
 
-    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
-        run_blocks(
+    with StoredModel(run, model) as stored:
+        return quantized_checkpoint(
             run,
             stored,
-            "quantizing",
-            change=change,
-            writer=writer,
-            format="gptq",
-            quantization=settings,
+            change,
+            settings,
             windows=read_windows(run, calibration, stored),
             statistic=Gram,
             dtype=resolve_dtype(parameters.dtype, stored),
         )
-        writer.share_masks(stored.manifest)
-        writer.share_files(stored.manifest)
-        writer.add_file("quantize_config.json", json_file(settings))
-        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
-        return writer.publish(format="gptq", quantization=settings)
 
 
 @stage(
@@ -175,7 +230,8 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
         return writer.publish(format="bitsandbytes", quantization=settings)
 
 
-def _stacked_masks(block: Block, names: list[str]) -> Tensor | None:
+def stacked_masks(block: Block, names: list[str]) -> Tensor | None:
+    """Masks of layers one below the other, True where kept, or None where none of them was pruned."""
     import torch
 
     if not any(name in block.masks for name in names):

@@ -111,13 +111,19 @@ def _by_block(family: Family, names: Any) -> dict[int | None, list[str]]:
 
 
 def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    from ..quantization.gptq_format import PACKABLE_BITS
+
     settings = config.get("quantization_config")
     if not settings:
         return "dense", None
     method = settings.get("quant_method")
-    readable = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2") and settings.get("bits") in (2, 4, 8)
+    known_format = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
+    readable = known_format and settings.get("bits") in PACKABLE_BITS
     if method == "gptq" and readable:
         return "gptq", settings
+    gemm = str(settings.get("version", "gemm")).lower() == "gemm" and settings.get("bits") == 4
+    if method == "awq" and gemm and settings.get("zero_point", True):
+        return "awq", settings
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
         return "bitsandbytes", settings
     raise SourceError(

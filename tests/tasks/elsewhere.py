@@ -47,6 +47,15 @@ GPTQMODEL = LOAD.format(
     weight="""if hasattr(module, "dequantize_weight"):
             results[name] = module.dequantize_weight().T.float()""",
 )
+AWQ = LOAD.format(
+    imports="from gptqmodel import BACKEND, GPTQModel\n"
+    "from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm",
+    load="""loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.AWQ_TORCH, dtype=torch.float16)
+        model = loaded.model.eval()""",
+    weight="""if hasattr(module, "qweight"):
+            parts = module.qweight, module.qzeros, module.scales, module.bits, module.group_size
+            results[name] = dequantize_gemm(*parts).T.float()""",
+)
 
 
 class Loaded(NamedTuple):

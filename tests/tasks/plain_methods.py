@@ -95,17 +95,15 @@ def perplexity(model: Any, windows: Tensor) -> float:
 def grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale (a float16 number) and zero point of each row of [rows, columns], spanning its values and zero."""
     steps = 2**bits - 1
-    scales, zeros = [], []
-    for row in weight.tolist():
-        low, high = min(0.0, *row), max(0.0, *row)
-        if symmetric:
-            low, high = -max(-low, high), max(-low, high)
-        if low == high:
-            low, high = -1.0, 1.0
-        scale = torch.tensor((high - low) / steps, dtype=torch.float64).half().double().item()
-        scales.append(scale)
-        zeros.append((steps + 1) // 2 if symmetric else min(max(round(-low / scale), 0), steps))
-    return torch.tensor(scales, dtype=torch.float64), torch.tensor(zeros, dtype=torch.float64)
+    low, high = weight.double().amin(1).clamp(max=0), weight.double().amax(1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = low == high
+    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+    scale = ((high - low) / steps).half().double()
+    zero = torch.full_like(scale, (steps + 1) // 2) if symmetric else (-low / scale).round().clamp(0, steps)
+    return scale, zero
 
 
 def nearest(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -179,6 +177,11 @@ def gptq(
     return codes, scales, zeros
 
 
+def stream(words: list[int]) -> int:
+    """The number that 32-bit words make up, the first one lowest."""
+    return sum((word % 2**32) << (32 * place) for place, word in enumerate(words))
+
+
 def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int, offset: int = 1) -> Tensor:
     """The float32 weight [out_features, in_features] of a layer in GPTQ's checkpoint format, number by number.
 
@@ -186,17 +189,81 @@ def gptq_weight(tensors: dict[str, Tensor], module: str, bits: int, offset: int 
     """
     qweight, qzeros = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
     scales, g_idx = tensors[f"{module}.scales"].float(), tensors[f"{module}.g_idx"].tolist()
-    lanes, top = 32 // bits, 2**bits - 1
-    words, zero_words = qweight.tolist(), qzeros.tolist()
+    top = 2**bits - 1
+    # Along its packed dimension a tensor is one number, the first word lowest.
+    numbers = [stream(words) for words in qweight.T.tolist()]
+    zero_numbers = [stream(words) for words in qzeros.tolist()]
     steps = [
         [
-            ((words[column // lanes][row] >> (bits * (column % lanes))) & top)
-            - (((zero_words[group][row // lanes] >> (bits * (row % lanes))) & top) + offset)
+            ((number >> (bits * column)) & top) - (((zero_numbers[group] >> (bits * row)) & top) + offset)
             for column, group in enumerate(g_idx)
         ]
-        for row in range(qweight.shape[1])
+        for row, number in enumerate(numbers)
     ]
     return torch.tensor(steps).float() * scales[g_idx].T
+
+
+# AWQ
+
+AWQ_GROUPS = (
+    (("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), "input_layernorm.weight"),
+    (("self_attn.o_proj.weight",), "self_attn.v_proj.weight"),
+    (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "post_attention_layernorm.weight"),
+    (("mlp.down_proj.weight",), "mlp.up_proj.weight"),
+)
+"""Weights of a Llama's block that read the same input, and what makes that input."""
+
+
+@torch.no_grad()
+def awq(
+    block: dict[str, Tensor], inputs: dict[str, Tensor], config: Any, bits: int, group_size: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Lin et al. 2023 on the tensors of a Llama's block, in place and in float64, by running inputs through its layers.
+
+    inputs: [tokens, in_features] of each weight. Asymmetric. Returns {first weight of a group: what its inputs are
+    divided by}, and {weight: what its outputs are divided by} of v_proj and up_proj.
+    """
+    work = {name: tensor.double() for name, tensor in block.items()}
+    sharing, head = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    scales, row_scales = {}, {}
+    for names, before in AWQ_GROUPS:
+        x = inputs[names[0]]
+        size = x.abs().mean(0)
+        if before == "self_attn.v_proj.weight":
+            size = size.view(-1, sharing, head).mean(1, keepdim=True).expand(-1, sharing, head).flatten()
+        losses = []
+        for step in range(21):
+            s = (size ** (step / 20)).clamp(min=1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            errors = [
+                (x / s) @ round_to_nearest(work[name] * s, bits, group_size, symmetric=False).T - x @ work[name].T
+                for name in names
+            ]
+            losses.append((sum(error.square().sum().item() for error in errors), s))
+        s = min(losses, key=lambda one: one[0])[1]
+        scales[names[0]] = s
+        for name in names:
+            work[name] *= s
+        rows = s.view(-1, sharing, head)[:, 0].flatten() if before == "self_attn.v_proj.weight" else s
+        work[before] /= rows[:, None] if work[before].dim() == 2 else rows
+        if work[before].dim() == 2:
+            row_scales[before] = rows
+    for names, _ in AWQ_GROUPS:
+        for name in names:
+            x = inputs[name] / scales[names[0]]
+            weight = work[name]
+            for start in range(0, weight.shape[1], group_size):
+                columns = slice(start, start + group_size)
+                part = weight[:, columns]
+                most = part.abs().amax(1, keepdim=True)
+                tries = [part] if "q_proj" in name or "k_proj" in name else []
+                tries = tries or [part.clamp(-most * (1 - i / 20), most * (1 - i / 20)) for i in range(10)]
+                rounded = torch.stack([round_to_nearest(one, bits, group_size, symmetric=False) for one in tries])
+                best = ((rounded - part) @ x[:, columns].T).square().sum(2).argmin(0)
+                work[name][:, columns] = rounded[best, torch.arange(len(part))]
+    for name, tensor in work.items():
+        block[name].copy_(tensor)
+    return scales, row_scales
 
 
 # NF4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.tasks.architectures import known_model_types
-from elsewhere import GPTQMODEL, TRANSFORMERS, Loaded
+from elsewhere import AWQ, GPTQMODEL, TRANSFORMERS, Loaded
 from torch import Tensor
 
 
@@ -55,7 +55,7 @@ def test_nf4_exports_load_in_transformers_with_equal_weights(
         assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.05, name
 
 
-def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
+def test_exports_in_gptqs_format_load_in_gptqmodel_with_the_same_weights(
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
     windows: Callable[[Artifact], Tensor],
@@ -73,6 +73,8 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
         "asymmetric": (llama, {"symmetric": False}),
         "8 bit": (llama, {"bits": 8, "group_size": 64}),
         "2 bit": (llama, {"bits": 2, "symmetric": False}),
+        "3 bit": (llama, {"bits": 3}),
+        "3 bit, asymmetric": (llama, {"bits": 3, "symmetric": False, "act_order": True}),
         "whole rows": (llama, {"group_size": -1}),
         "act order": (llama, {"act_order": True, "symmetric": False}),
         "static groups": (llama, {"act_order": True, "static_groups": True}),
@@ -84,6 +86,11 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
     for name, (model, parameters) in variants.items():
         inputs = {"model": model, "calibration": tokens}
         models[name] = run_stage("quantize/gptq", inputs, **{"group_size": 32, **parameters})
+    models["rtn"] = run_stage("quantize/rtn", {"model": pruned}, group_size=32)
+    models["rtn, 3 bit"] = run_stage("quantize/rtn", {"model": llama}, bits=3, group_size=-1, symmetric=False)
+    for family, bits in (("gemma3_text", 4), ("qwen2", 3)):
+        inputs = {"model": import_model(family), "calibration": tokens}
+        models[f"awq of {family}"] = run_stage("quantize/awq", inputs, bits=bits, group_size=32)
     ids = windows(tokens)
     for name, loaded in load_elsewhere(GPTQMODEL, ids, models).items():
         expected = dense_weights(models[name])
@@ -91,3 +98,25 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
         for layer, weight in expected.items():  # GPTQModel computes in float16
             torch.testing.assert_close(loaded.weights[layer], weight, rtol=2**-10, atol=1e-6)
         assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.05, name
+
+
+def test_exports_in_awqs_format_load_in_gptqmodel_with_the_same_weights(
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    windows: Callable[[Artifact], Tensor],
+    run_stage: Callable[..., Artifact],
+    block_loop_logits: Callable[..., Tensor],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    pytest.importorskip("gptqmodel")
+    llama = import_model("llama")
+    tokens = make_tokens(llama)
+    models = {"llama": run_stage("quantize/awq", {"model": llama, "calibration": tokens}, group_size=32, format="awq")}
+    ids = windows(tokens)
+    (loaded,) = load_elsewhere(AWQ, ids, models).values()
+    expected = dense_weights(models["llama"])
+    assert loaded.weights.keys() == expected.keys()
+    for layer, weight in expected.items():  # GPTQModel computes in float16
+        torch.testing.assert_close(loaded.weights[layer], weight, rtol=2**-10, atol=1e-6)
+    assert (loaded.logits - block_loop_logits(models["llama"], ids)).abs().mean() < 0.05

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import plain_methods
 import pytest
 import torch
-from coldpress.tasks.quantization.gptq import Solution
 from coldpress.tasks.quantization.gptq_format import pack, pack_rows, unpack, unpack_all, unpack_rows
+from coldpress.tasks.quantization.grid import Solution
 
 
 def random_solution(bits: int, rows: int = 32, columns: int = 64, groups: int = 4) -> Solution:
@@ -19,7 +21,7 @@ def random_solution(bits: int, rows: int = 32, columns: int = 64, groups: int = 
     )
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_codes_come_back_as_they_were(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     packed = pack_rows(codes, bits)
@@ -33,12 +35,22 @@ def test_the_first_code_lies_in_the_lowest_bits() -> None:
     assert pack_rows(codes, 4).tolist() == [[0x87654321 - 2**32]]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_word_full_of_the_highest_code_is_minus_one(bits: int) -> None:
-    assert pack_rows(torch.full((32 // bits, 1), 2**bits - 1, dtype=torch.uint8), bits).tolist() == [[-1]]
+def test_3_bit_codes_are_one_stream_of_bits_over_three_words() -> None:
+    codes = torch.zeros(32, 3, dtype=torch.uint8)
+    codes[10, 0] = 0b110  # its lower two bits end the first word, the third begins the second
+    codes[21, 1] = 0b101  # its lowest bit ends the second word, the others begin the third
+    codes[31, 2] = 0b100  # the highest bit of all
+    assert pack_rows(codes, 3).T.tolist() == [[-(2**31), 1, 0], [0, -(2**31), 0b10], [0, 0, -(2**31)]]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_full_of_the_highest_code_are_minus_one(bits: int) -> None:
+    words = bits // math.gcd(bits, 32)
+    full = torch.full((32 * words // bits, 1), 2**bits - 1, dtype=torch.uint8)
+    assert pack_rows(full, bits).tolist() == [[-1]] * words
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_layers_have_the_shapes_and_dtypes_of_the_format(bits: int) -> None:
     packed = pack("model.layer", random_solution(bits), {"bits": bits})
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()} == {
@@ -50,7 +62,7 @@ def test_packed_layers_have_the_shapes_and_dtypes_of_the_format(bits: int) -> No
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_unpacked_weights_are_codes_minus_zero_point_times_scale(bits: int, checkpoint_format: str) -> None:
     solution = random_solution(bits)
     settings = {"bits": bits, "checkpoint_format": checkpoint_format}

@@ -8,7 +8,8 @@ import plain_methods
 import pytest
 import torch
 from coldpress.tasks.gram import inverse_factor
-from coldpress.tasks.quantization.gptq import Solution, solve
+from coldpress.tasks.quantization.gptq import solve
+from coldpress.tasks.quantization.grid import Solution
 from torch import Tensor
 
 DEFAULTS: dict[str, Any] = {

@@ -178,7 +178,7 @@ def test_a_head_is_tied_where_the_family_ties_it_and_the_config_does_not_say(
 # Packed checkpoints
 
 
-@pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.parametrize("method", ["gptq", "gptq in 3 bits", "awq", "nf4"])
 def test_an_exported_packed_model_comes_back_as_it_was(
     method: str,
     store: Store,
@@ -192,10 +192,13 @@ def test_an_exported_packed_model_comes_back_as_it_was(
 ) -> None:
     base = import_model("llama")
     tokens = make_tokens(base)
-    if method == "gptq":
-        packed = run_stage("quantize/gptq", {"model": base, "calibration": tokens}, group_size=32)
-    else:
+    if method == "nf4":
         packed = run_stage("quantize/nf4", {"model": base})
+    elif method == "awq":
+        packed = run_stage("quantize/awq", {"model": base, "calibration": tokens}, group_size=32, format="awq")
+    else:
+        bits = 4 if method == "gptq" else 3
+        packed = run_stage("quantize/gptq", {"model": base, "calibration": tokens}, group_size=32, bits=bits)
     again = run_stage("source/model", {}, source=export_folder(packed))
     before, after = read_tensors(packed), read_tensors(again)
     assert before.keys() == after.keys()
@@ -208,8 +211,9 @@ def test_an_exported_packed_model_comes_back_as_it_was(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quant_method": "awq", "bits": 4},
-        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "awq", "bits": 8},
+        {"quant_method": "gptq", "bits": 5},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
     ],

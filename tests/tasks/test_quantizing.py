@@ -1,4 +1,4 @@
-"""GPTQ through the block loop, and what the stored tensors stand for."""
+"""GPTQ and plain rounding through the block loop, and what the stored tensors stand for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.gram import Gram
 from coldpress.tasks.quantization.gptq import solve
+from coldpress.tasks.quantization.grid import round_to_nearest
 from coldpress.tasks.skeleton import Skeleton
 from coldpress.tasks.stage import ModelFacts
+from pydantic import ValidationError
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -88,9 +90,16 @@ def test_gptq_through_the_block_loop_is_that_of_a_whole_model_quantized_block_af
 
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"bits": 8}, {"bits": 2, "symmetric": False}, {"group_size": -1}, {"act_order": True, "symmetric": False}],
+    [
+        {},
+        {"bits": 8},
+        {"bits": 3},
+        {"bits": 2, "symmetric": False},
+        {"group_size": -1},
+        {"act_order": True, "symmetric": False},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_quantized_model_computes_with_exactly_what_its_stored_tensors_stand_for(
     parameters: dict[str, Any],
     import_model: Callable[..., Artifact],
@@ -132,22 +141,56 @@ def test_what_feeds_the_next_block_are_the_weights_as_stored(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
 def test_quantizing_a_pruned_model_keeps_its_zeros_and_masks(
+    method: str,
     symmetric: bool,
     store: Store,
     run_stage: Callable[..., Artifact],
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
-    gptq: Callable[..., Artifact],
     read_tensors: Callable[..., Tensors],
 ) -> None:
     base = import_model("llama")
-    pruned = run_stage("prune/wanda", {"model": base, "calibration": make_tokens(base)}, sparsity=0.5)
-    quantized = gptq(pruned, symmetric=symmetric)
+    tokens = make_tokens(base)
+    pruned = run_stage("prune/wanda", {"model": base, "calibration": tokens}, sparsity=0.5)
+    inputs = {"model": pruned} if method == "rtn" else {"model": pruned, "calibration": tokens}
+    quantized = run_stage(f"quantize/{method}", inputs, group_size=32, symmetric=symmetric)
     assert store.manifest(quantized).masks == store.manifest(pruned).masks
     dense = read_tensors(pruned)
     for name, weight in plain_weights(read_tensors(quantized), symmetric=symmetric).items():
         assert bool((weight[dense[name] == 0] == 0).all()), name
+        assert (weight == 0).double().mean() < 0.7, name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_gives_every_weight_its_nearest_code(
+    bits: int,
+    symmetric: bool,
+    run_stage: Callable[..., Artifact],
+    import_model: Callable[..., Artifact],
+    read_tensors: Callable[..., Tensors],
+) -> None:
+    base = import_model("llama", num_hidden_layers=1)
+    rounded = run_stage("quantize/rtn", {"model": base}, bits=bits, group_size=32, symmetric=symmetric)
+    dense = read_tensors(base)
+    weights = plain_weights(read_tensors(rounded), bits, symmetric)
+    assert len(weights) == 7
+    for name, weight in weights.items():
+        expected = plain_methods.round_to_nearest(dense[name], bits, 32, symmetric)
+        # Ties between two codes may fall either way in float32.
+        assert torch.isclose(weight, expected.float(), rtol=1e-6).double().mean() >= 0.999, name
+
+
+def test_groups_may_be_whole_rows() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    solution = round_to_nearest(weight, bits=3, group_size=-1, symmetric=False)
+    assert solution.scales.shape == solution.zeros.shape == (1, 32)
+    assert solution.group_index.tolist() == [0] * 64
+    assert (int(solution.codes.min()), int(solution.codes.max())) == (0, 7)
+    values = (solution.codes.float() - solution.zeros.T.float()) * solution.scales.T
+    assert bool(((values - weight).abs() <= solution.scales.T * 0.5 + 1e-3).all())
 
 
 def test_error_on_the_calibration_inputs_is_below_that_of_plain_rounding(
@@ -219,23 +262,38 @@ def test_symmetric_zero_points_are_stored_as_the_middle_less_one(
         ({"group_size": -2}, "group_size -2 is neither positive nor -1"),
     ],
 )
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
 def test_impossible_groups_are_known_before_anything_runs(
-    parameters: dict[str, Any], sentence: str, whole_model: Callable[..., Any]
+    method: str, parameters: dict[str, Any], sentence: str, whole_model: Callable[..., Any]
 ) -> None:
-    entry = stage_named("quantize/gptq")
+    entry = stage_named(f"quantize/{method}")
     facts = ModelFacts(whole_model("llama").config.to_dict())
     (error,) = entry.check(entry.parameters(**parameters), facts)
     assert sentence in error
 
 
-@pytest.mark.parametrize(("bits", "refused"), [(2, True), (4, False), (8, False)])
-def test_layers_whose_codes_do_not_fill_words_are_known_before_anything_runs(bits: int, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "sentences"),
+    [
+        (2, ["2-bit codes are packed 16 to a word, which needs both to be multiples of 16"]),
+        (3, ["3-bit codes are packed 32 to 3 words, which needs both to be multiples of 32"]),
+        (4, []),
+        (8, []),
+    ],
+)
+def test_layers_whose_codes_do_not_fill_words_are_known_before_anything_runs(bits: int, sentences: list[str]) -> None:
     entry = stage_named("quantize/gptq")
     config = {
         "model_type": "opt", "hidden_size": 72, "ffn_dim": 144, "num_attention_heads": 4, "num_hidden_layers": 1,
     }  # fmt: skip
     errors = list(entry.check(entry.parameters(bits=bits, group_size=-1), ModelFacts(config)))
-    assert [("packed 16 to a word" in error) for error in errors] == ([True] if refused else [])
+    assert [error.removeprefix("self_attn.q_proj.weight is 72 x 72, and ") for error in errors] == sentences
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
+def test_numbers_of_bits_that_the_format_does_not_have_are_refused(method: str) -> None:
+    with pytest.raises(ValidationError, match="2, 3, 4 or 8"):
+        stage_named(f"quantize/{method}").parameters(bits=5)
 
 
 def test_masks_of_a_quantized_model_are_those_of_the_weights_it_stands_for(

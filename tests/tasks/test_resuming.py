@@ -23,6 +23,8 @@ STAGES = {
     "prune/magnitude-sp": (None, {"sparsity": 0.5}),
     "prune/wanda-sp": ("calibration", {"sparsity": 0.5}),
     "quantize/gptq": ("calibration", {"group_size": 32}),
+    "quantize/rtn": (None, {"group_size": 32}),
+    "quantize/awq": ("calibration", {"bits": 3, "group_size": 32}),
     "statistics/owl": ("calibration", {}),
     "statistics/rmi": ("calibration", {}),
     "statistics/fluctuation": ("calibration", {}),

@@ -259,7 +259,7 @@ def test_smaller_dense_models_load_elsewhere_and_calibration_pays(
         assert perplexity_of(seen.logits, ids(wikitext["test"])) == pytest.approx(found[name], rel=1e-4), name
 
 
-def test_gptq_is_better_than_plain_rounding(
+def test_gptq_and_awq_are_better_than_plain_rounding(
     stage: Stage,
     base: Artifact,
     whole: Any,
@@ -269,6 +269,7 @@ def test_gptq_is_better_than_plain_rounding(
 ) -> None:
     inputs = {"model": base, "calibration": wikitext["calibration"]}
     gptq = perplexity(stage("quantize/gptq", inputs, group_size=64), wikitext["test"])
+    awq = perplexity(stage("quantize/awq", inputs, group_size=64, symmetric=True), wikitext["test"])
     linears = [name for name, _ in whole.named_parameters() if name.endswith("_proj.weight")]
     assert len(linears) == LAYERS
     for name in linears:
@@ -279,3 +280,4 @@ def test_gptq_is_better_than_plain_rounding(
     rounded = plain_methods.perplexity(whole, ids(wikitext["test"]))
     dense = perplexity(base, wikitext["test"])
     assert dense < gptq < rounded
+    assert dense < awq < rounded
