@@ -137,6 +137,7 @@ def _source_facts(planned: Planned, store: Store, problems: list[Problem]) -> Mo
 
 
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+FIXED_BITS = {"nf4": 4, "int8": 8}  # of methods that don't ask
 
 
 def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
@@ -161,7 +162,7 @@ def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
             total += sizes[name]
         elif planned.action is None:
             dense = sizes.get(node.root, 0)
-            bits = getattr(parameters, "bits", 4) if node.stage.use == "quantize" else 16
+            bits = getattr(parameters, "bits", FIXED_BITS.get(node.stage.method, 16))
             total += dense * bits // 16 + dense // 16  # and masks: a bit for a weight
     return total
 

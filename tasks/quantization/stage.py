@@ -39,6 +39,17 @@ class Nf4Parameters(Parameters):
     double_quant: bool = Field(False, description="quantize the scales too, to 8 bit")
 
 
+class Int8Parameters(Parameters):
+    """Parameters of LLM.int8()."""
+
+    threshold: float = Field(
+        6.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="inputs from this magnitude on are not rounded when the model runs; 0 rounds all",
+    )
+
+
 def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
     """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
     size, lanes = parameters.group_size, 32 // parameters.bits
@@ -169,6 +180,41 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
         run_blocks(run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes")
         dtype = str(stored.dtype).removeprefix("torch.")
         settings = quantization_config(parameters.double_quant, dtype, ["lm_head"])
+        writer.share_masks(stored.manifest)
+        writer.share_files(stored.manifest)
+        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
+        return writer.publish(format="bitsandbytes", quantization=settings)
+
+
+@stage(
+    "quantize",
+    "int8",
+    version=1,
+    parameters=Int8Parameters,
+    inputs={"model": "checkpoint"},
+    output="checkpoint",
+    paper="Dettmers et al. 2022, arXiv:2208.07339",
+    after=lambda parameters, facts: replace(facts, format="bitsandbytes"),
+)
+def int8(run: Run, parameters: Int8Parameters, model: Artifact) -> Artifact:
+    """LLM.int8(): each row of weights in 127 steps of its largest magnitude; inputs are rounded when the model runs."""
+    from ..blocks import Change, StoredModel, run_blocks
+    from .int8_format import pack, quantization_config
+
+    def change(block: Block) -> Change:
+        tensors: dict[str, Tensor] = {}
+        for name, weight in block.weights.items():
+            try:
+                tensors.update(pack(name, weight))
+            except ValueError as error:
+                raise StageError(f"LLM.int8() failed on {name}: {error}") from error
+        return Change(tensors, frozenset(block.weights))
+
+    settings = quantization_config(parameters.threshold, ["lm_head"])
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        run_blocks(
+            run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes", quantization=settings
+        )
         writer.share_masks(stored.manifest)
         writer.share_files(stored.manifest)
         writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))

@@ -117,7 +117,8 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
     readable = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2") and settings.get("bits") in (2, 4, 8)
     if method == "gptq" and readable:
         return "gptq", settings
-    if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
+    eight_bit = bool(settings.get("load_in_8bit"))
+    if method == "bitsandbytes" and (eight_bit or settings.get("bnb_4bit_quant_type") == "nf4"):
         return "bitsandbytes", settings
     raise SourceError(
         f"the model is quantized by '{method}' in a form that can't be read here; start from its unquantized version"

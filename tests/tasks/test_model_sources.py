@@ -178,7 +178,7 @@ def test_a_head_is_tied_where_the_family_ties_it_and_the_config_does_not_say(
 # Packed checkpoints
 
 
-@pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.parametrize("method", ["gptq", "nf4", "int8"])
 def test_an_exported_packed_model_comes_back_as_it_was(
     method: str,
     store: Store,
@@ -195,7 +195,7 @@ def test_an_exported_packed_model_comes_back_as_it_was(
     if method == "gptq":
         packed = run_stage("quantize/gptq", {"model": base, "calibration": tokens}, group_size=32)
     else:
-        packed = run_stage("quantize/nf4", {"model": base})
+        packed = run_stage(f"quantize/{method}", {"model": base})
     again = run_stage("source/model", {}, source=export_folder(packed))
     before, after = read_tensors(packed), read_tensors(again)
     assert before.keys() == after.keys()
@@ -211,7 +211,7 @@ def test_an_exported_packed_model_comes_back_as_it_was(
         {"quant_method": "awq", "bits": 4},
         {"quant_method": "gptq", "bits": 3},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     ],
     ids=str,
 )

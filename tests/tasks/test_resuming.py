@@ -30,6 +30,7 @@ STAGES = {
     "statistics/removal": ("calibration", {}),
     "evaluate/perplexity": ("data", {}),
     "quantize/nf4": (None, {}),
+    "quantize/int8": (None, {}),
 }
 
 
