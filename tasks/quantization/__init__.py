@@ -6,4 +6,5 @@
 - `nf4_format.py`    bitsandbytes' NF4, to its tensors and back
 - `int8_format.py`  bitsandbytes' LLM.int8(), to its tensors and back
 - `stage.py`         the stages
+- `joint_stage.py`   the stage that prunes and quantizes in one pass
 """

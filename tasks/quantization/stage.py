@@ -51,8 +51,13 @@ class Int8Parameters(Parameters):
 
 
 def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
+    """The format's demands."""
+    yield from check_packing(parameters.bits, parameters.group_size, facts)
+
+
+def check_packing(bits: int, group_size: int, facts: ModelFacts) -> Iterator[str]:
     """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
-    size, lanes = parameters.group_size, 32 // parameters.bits
+    size, lanes = group_size, 32 // bits
     if size != -1 and size < 1:
         yield f"group_size {size} is neither positive nor -1 (a whole row)"
         return
@@ -65,7 +70,7 @@ def check_gptq(parameters: GptqParameters, facts: ModelFacts) -> Iterator[str]:
             return
         if columns % lanes or rows % lanes:
             yield (
-                f"{name} is {rows} x {columns}, and {parameters.bits}-bit codes are packed {lanes} to a word, "
+                f"{name} is {rows} x {columns}, and {bits}-bit codes are packed {lanes} to a word, "
                 f"which needs both to be multiples of {lanes}"
             )
             return
@@ -97,7 +102,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
     from ..gram import Gram
     from .gptq import solve
-    from .gptq_format import pack, quantization_config
+    from .gptq_format import pack_together, quantization_config
 
     settings = quantization_config(
         parameters.bits, parameters.group_size, parameters.act_order, parameters.symmetric, parameters.damping
@@ -122,16 +127,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
                 )
             except ValueError as error:
                 raise StageError(f"GPTQ failed on {names[0]}: {error}") from error
-            first = 0
-            for name in names:
-                last = first + len(block.weights[name])
-                part = solution._replace(
-                    codes=solution.codes[first:last],
-                    scales=solution.scales[:, first:last],
-                    zeros=solution.zeros[:, first:last],
-                )
-                tensors.update(pack(name.removesuffix(".weight"), part, settings))
-                first = last
+            tensors.update(pack_together({name: block.weights[name] for name in names}, solution, settings))
         return Change(tensors, frozenset(block.weights))
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:

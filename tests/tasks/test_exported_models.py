@@ -113,6 +113,8 @@ def test_gptq_exports_load_in_gptqmodel_with_the_same_weights(
     for name, (model, parameters) in variants.items():
         inputs = {"model": model, "calibration": tokens}
         models[name] = run_stage("quantize/gptq", inputs, **{"group_size": 32, **parameters})
+    joint = {"model": llama, "calibration": tokens}
+    models["joint"] = run_stage("quantize/sparsegpt-gptq", joint, sparsity=0.5, group_size=32)
     ids = windows(tokens)
     for name, loaded in load_elsewhere(GPTQMODEL, ids, models).items():
         expected = dense_weights(models[name])

@@ -31,6 +31,7 @@ STAGES = {
     "evaluate/perplexity": ("data", {}),
     "quantize/nf4": (None, {}),
     "quantize/int8": (None, {}),
+    "quantize/sparsegpt-gptq": ("calibration", {"sparsity": 0.5, "group_size": 32}),
 }
 
 
