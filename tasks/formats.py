@@ -25,7 +25,7 @@ def unpack(
     device: str,
 ) -> dict[str, torch.Tensor]:
     """Dense tensors of `dtype` on `device` for stored ones; packed weights come back as [out_features, in_features]."""
-    from .quantization import awq_format, gptq_format, nf4_format
+    from .quantization import awq_format, gptq_format, int8_format, nf4_format
 
     match format:
         case "dense":
@@ -34,6 +34,8 @@ def unpack(
             packed = gptq_format.unpack_all(tensors, quantization or {}, device)
         case "awq":
             packed = awq_format.unpack_all(tensors, device)
+        case "bitsandbytes" if (quantization or {}).get("load_in_8bit"):
+            packed = int8_format.unpack_all(tensors, device)
         case "bitsandbytes":
             packed = nf4_format.unpack_all(tensors, device)
         case _:
@@ -44,11 +46,11 @@ def unpack(
 
 
 def _is_part(name: str, packed: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a stored tensor is a piece of a packed weight: `x.qweight` or `x.weight.absmax` of `x.weight`."""
+    """Whether a stored tensor is part of a packed weight: `x.qweight`, `x.SCB` or `x.weight.absmax` of `x.weight`."""
     module, _, last = name.rpartition(".")
     if last in _PARTS:
         return f"{module}.weight" in packed
     return any(name == weight or name.startswith(f"{weight}.") for weight in packed)
 
 
-_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format"})

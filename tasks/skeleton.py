@@ -7,7 +7,7 @@ model stays in memory between calls.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -54,6 +54,11 @@ class Skeleton:
     def parameter_names(self) -> dict[str, tuple[int, ...]]:
         """Every parameter by its name in checkpoint files, with its shape; a tied head is not listed."""
         return {self.family.file_name(name): tuple(p.shape) for name, p in self.model.named_parameters()}
+
+    def change_inputs(self, change: Callable[[Tensor], Tensor], index: int, layers: Iterable[str]) -> None:
+        """From now on let layers of block `index`, named relative to it, see `change(inputs)` for their inputs."""
+        for name in layers:
+            self._blocks[index].get_submodule(name).register_forward_pre_hook(lambda module, inputs: change(*inputs))
 
     def embed(self, outer: Mapping[str, Tensor], windows: Tensor) -> Tensor:
         """Inputs of the first block, [windows, length, hidden], for token ids [windows, length].

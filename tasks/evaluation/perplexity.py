@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..formats import FORMATS
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..blocks import StoredModel
     from ..skeleton import Skeleton
 
 # Positions whose logits are held at once: 512 x 150,000 words x 4 bytes = 0.3 GB.
@@ -27,6 +28,16 @@ class PerplexityParameters(Parameters):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the forward pass; auto is the checkpoint's own; the loss is in float32"
     )
+    activations: Literal["full", "int8"] = Field(
+        "full",
+        description="int8: models in LLM.int8() round layers' inputs as bitsandbytes does; needs 'dtype: float32'",
+    )
+
+    @model_validator(mode="after")
+    def _precise_enough(self) -> PerplexityParameters:
+        if self.activations == "int8" and self.dtype != "float32":
+            raise ValueError("'activations: int8' needs 'dtype: float32'; others would round inputs once more")
+        return self
 
 
 @stage(
@@ -51,6 +62,7 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
     with StoredModel(run, model) as stored, torch.no_grad():
         windows = read_windows(run, data, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
+        rounding = _round_activations(skeleton, stored, parameters.activations)
         hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "scoring")
         losses = window_losses(skeleton, outer, windows, hidden, run.device)
     mean = math.fsum(losses) / len(losses)
@@ -63,10 +75,29 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
             "windows": len(losses),
             "length": int(windows.shape[1]),
             "window_losses_nats": losses,
-            "runtime": f"coldpress block loop, {str(skeleton.dtype).removeprefix('torch.')}",
+            "runtime": f"coldpress block loop, {str(skeleton.dtype).removeprefix('torch.')}{rounding}",
         }
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()
+
+
+def _round_activations(skeleton: Skeleton, stored: StoredModel, activations: str) -> str:
+    """Let layers in LLM.int8() round their inputs, if asked to. Returns what the name of the runtime says of it."""
+    from ..quantization.int8_format import packed_modules, round_inputs
+
+    modules = packed_modules(stored.manifest.tensors)
+    if not modules:
+        return ""
+    if activations == "full":
+        return ", int8 weights dequantized, activations not rounded"
+    settings = stored.manifest.quantization or {}
+    threshold = float(settings.get("llm_int8_threshold", 6.0))
+    for module in modules:
+        index = stored.family.block_of(module)
+        assert index is not None
+        layer = module.removeprefix(stored.family.block_prefix(index))
+        skeleton.change_inputs(lambda inputs: round_inputs(inputs, threshold), index, [layer])
+    return f", LLM.int8() activations with outliers from {threshold:g}"
 
 
 def window_losses(

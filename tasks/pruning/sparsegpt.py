@@ -36,11 +36,10 @@ def solve(
     Raises ValueError when the Gram matrix is not positive definite.
     """
     columns = gram.shape[0]
-    ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
-    members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
     # The loops walk over columns: as rows of the transposed matrix these lie side by side in memory.
     work = torch.cat([weight.float() for weight in weights]).T.contiguous()
-    before = _transposed(masks, weights)
+    selection = Selection(weights, sparsity=sparsity, pattern=pattern, masks=masks)
+    keep = selection.keep
     hessian = gram.float().clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
@@ -48,28 +47,17 @@ def solve(
     factor = inverse_factor(hessian, damping)
     del hessian
 
-    keep = torch.ones_like(work, dtype=torch.bool)
     step = _AT_ONCE if pattern is None else _multiple(pattern.group, _AT_ONCE)
     column_block = _COLUMN_BLOCK if pattern is None else _multiple(step, _COLUMN_BLOCK)
     for start in range(0, columns, column_block):
         stop = min(start + column_block, columns)
         inner = factor[start:stop, start:stop]
-        if pattern is None:
-            score = _score(work[start:stop], inner.diagonal(), None if before is None else before[start:stop])
-            for rows in members:
-                height = rows.stop - rows.start
-                count = int(sparsity * height * stop) - int(sparsity * height * start)
-                keep[start:stop, rows] = keep_all_but(score[:, rows], count)
-            if before is not None:
-                keep[start:stop] &= before[start:stop]
         errors = torch.empty_like(work[start:stop])
         for first in range(start, stop, step):
             last = min(first + step, stop)
             for column in range(first, last):
                 position = column - start
-                if pattern is not None and column % pattern.group == 0:
-                    group = slice(column, column + pattern.group)
-                    _choose_group(work, factor, before, keep, group, pattern)
+                selection.reach(column, column_block, work, factor)
                 value = work[column]
                 error = errors[position] = value.masked_fill(keep[column], 0).div_(inner[position, position])
                 value.masked_fill_(~keep[column], 0)
@@ -80,22 +68,59 @@ def solve(
                 work[last:stop].addmm_(inner[done, last - start :].T, errors[done], alpha=-1)
         if stop < columns:
             work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return [(work[:, rows].T.contiguous(), keep[:, rows].T.contiguous()) for rows in members]
+    return [
+        (work[:, rows].T.contiguous(), mask) for rows, mask in zip(selection.members, selection.masks(), strict=True)
+    ]
 
 
-def _score(work: Tensor, diagonal: Tensor, before: Tensor | None) -> Tensor:
-    """w^2 / [H^-1]_jj of columns (rows here), -1 for what was pruned before."""
-    score = (work / diagonal[:, None]).square_()
-    return score if before is None else score.masked_fill_(~before, -1.0)
+class Selection:
+    """Which weights go of layers that read the same input, chosen while a solver walks over their columns.
 
+    keep: bool [columns, rows], the layers' rows side by side, True where a weight stays. members: the rows of each.
+    """
 
-def _choose_group(
-    work: Tensor, factor: Tensor, before: Tensor | None, keep: Tensor, group: slice, pattern: Pattern
-) -> None:
-    score = _score(work[group], factor.diagonal()[group], None if before is None else before[group])
-    keep[group] = keep_by_pattern(score.T.contiguous(), pattern).T
-    if before is not None:
-        keep[group] &= before[group]
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        sparsity: float,
+        pattern: Pattern | None,
+        masks: Sequence[Tensor | None] | None,
+    ) -> None:
+        """As for `solve`."""
+        ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
+        self.members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+        self.keep = torch.ones(weights[0].shape[1], ends[-1], dtype=torch.bool, device=weights[0].device)
+        self._before = _transposed(masks, weights)
+        self._sparsity = sparsity
+        self.pattern = pattern
+
+    def masks(self) -> list[Tensor]:
+        """The keep-mask of each layer, [out_features, in_features]."""
+        return [self.keep[:, rows].T.contiguous() for rows in self.members]
+
+    def reach(self, column: int, column_block: int, work: Tensor, factor: Tensor) -> None:
+        """Choose among the weights of all columns that are chosen together with `column`, if it is their first.
+
+        work: the weights as they are now, [columns, rows]. factor: U of H^-1 = U^T U, [columns, columns].
+        column_block: columns chosen together where there is no pattern.
+        """
+        together = column_block if self.pattern is None else self.pattern.group
+        if column % together:
+            return
+        columns = slice(column, min(column + together, len(work)))
+        score = (work[columns] / factor.diagonal()[columns, None]).square_()
+        if self._before is not None:
+            score.masked_fill_(~self._before[columns], -1.0)  # what went before goes first
+        if self.pattern is not None:
+            self.keep[columns] = keep_by_pattern(score.T.contiguous(), self.pattern).T
+        else:
+            for rows in self.members:
+                height = rows.stop - rows.start
+                count = int(self._sparsity * height * columns.stop) - int(self._sparsity * height * columns.start)
+                self.keep[columns, rows] = keep_all_but(score[:, rows], count)
+        if self._before is not None:
+            self.keep[columns] &= self._before[columns]
 
 
 def _transposed(masks: Sequence[Tensor | None] | None, weights: Sequence[Tensor]) -> Tensor | None:

@@ -6,6 +6,6 @@
 - `folding.py`      scales of features moved into the modules before
 - `gptq_format.py`  packing for GPTQModel, vLLM and transformers, and unpacking
 - `awq_format.py`   AWQ's own packing, and unpacking
-- `nf4_format.py`   bitsandbytes' NF4, to its tensors and back
-- `stage.py`, `awq_stage.py`  the stages
+- `nf4_format.py`, `int8_format.py`  bitsandbytes' NF4 and LLM.int8(), to its tensors and back
+- `stage.py`, `awq_stage.py`  the stages; `joint_stage.py` prunes and quantizes in one pass
 """

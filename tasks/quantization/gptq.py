@@ -6,20 +6,28 @@ their Hessian, so their rows are stacked and solved together.
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..gram import inverse_factor
 from .grid import Grid, Solution, fit_grid, from_codes, to_codes
 
+if TYPE_CHECKING:
+    from ..pruning.sparsegpt import Selection
 
-def _aligned(column_block: int, group_size: int) -> int:
+
+def _aligned(column_block: int, group_size: int, together: int = 1) -> int:
     """The most columns up to `column_block` with which every group begins at the beginning of a block or inside one
-    that holds it whole: then all of its columns are up to date when its grid is fitted.
+    that holds it whole: then all of its columns are up to date when its grid is fitted. together: no block ends
+    inside so many columns, whose weights are chosen at once; it may be larger than `column_block` for that.
     """
-    if group_size <= column_block:
-        return column_block - column_block % group_size
-    return max(columns for columns in range(1, column_block + 1) if group_size % columns == 0)
+    both = math.lcm(group_size, together)
+    if both <= column_block:
+        return column_block - column_block % both
+    return max((n for n in range(together, column_block + 1, together) if group_size % n == 0), default=both)
 
 
 def solve(
@@ -33,14 +41,18 @@ def solve(
     static_groups: bool,
     damping: float,
     keep: Tensor | None = None,
+    selection: Selection | None = None,
     column_block: int = 128,
 ) -> Solution:
     """Quantize `weight` [rows, columns] against `gram` [columns, columns] = sum x x^T.
 
     group_size: columns that share a grid, -1 for all. act_order: columns with the largest diagonal first.
     static_groups: grids from the original weight rather than the updated one. keep: bool [rows, columns]; pruned
-    weights (False) get the code of exact zero and their error is made up for like any other.
+    weights (False) get the code of exact zero and their error is made up for like any other. selection: chooses what
+    is pruned on the way instead, of weights already made up for earlier errors of both kinds (Frantar and Alistarh
+    2023, section 3.5); not with `act_order`.
     """
+    assert selection is None or (keep is None and not act_order)
     rows, columns = weight.shape
     group_size = columns if group_size == -1 else group_size
     work = weight.float().clone()
@@ -50,7 +62,8 @@ def solve(
     hessian.diagonal()[dead] = 1
     work[:, dead] = 0
 
-    column_block = _aligned(column_block, group_size)
+    pattern = selection.pattern if selection is not None else None
+    column_block = _aligned(column_block, group_size, pattern.group if pattern is not None else 1)
     group_index = torch.arange(columns, device=weight.device) // group_size
     grids: list[Grid | None] = [None] * (columns // group_size)
     if static_groups:
@@ -71,13 +84,15 @@ def solve(
 
     # The loops walk over columns: as rows of the transposed matrix these lie side by side in memory.
     work = work.T.contiguous()
-    kept = keep.T.contiguous() if keep is not None else None
+    kept = selection.keep if selection is not None else keep.T.contiguous() if keep is not None else None
     codes = torch.empty_like(work)
     for start in range(0, columns, column_block):
         stop = min(start + column_block, columns)
         errors = torch.empty(stop - start, rows, device=work.device)
         inner = factor[start:stop, start:stop]
         for column in range(start, stop):
+            if selection is not None:
+                selection.reach(column, column_block, work, factor)
             group = groups[column]
             if grids[group] is None:
                 # The group's later columns lie in this block, or were brought up to date before it began.

@@ -79,6 +79,19 @@ def pack(module: str, solution: Solution, quantization: Mapping[str, Any]) -> di
     }
 
 
+def pack_together(
+    weights: Mapping[str, Tensor], solution: Solution, quantization: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors of layers that were solved together: {full name: weight}, in the order of their rows."""
+    tensors: dict[str, Tensor] = {}
+    first = 0
+    for name, weight in weights.items():
+        last = first + len(weight)
+        tensors.update(pack(name.removesuffix(".weight"), solution.rows(first, last), quantization))
+        first = last
+    return tensors
+
+
 def _zero_offset(quantization: Mapping[str, Any]) -> int:
     return 1 if quantization.get("checkpoint_format", "gptq") == "gptq" else 0
 

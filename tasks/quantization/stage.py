@@ -45,11 +45,26 @@ class Nf4Parameters(Parameters):
     double_quant: bool = Field(False, description="quantize the scales too, to 8 bit")
 
 
+class Int8Parameters(Parameters):
+    """Parameters of LLM.int8()."""
+
+    threshold: float = Field(
+        6.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="inputs from this magnitude on are not rounded when the model runs; 0 rounds all",
+    )
+
+
 def check_groups(parameters: GroupParameters, facts: ModelFacts) -> Iterator[str]:
+    """The format's demands."""
+    yield from check_packing(parameters.bits, parameters.group_size, facts)
+
+
+def check_packing(bits: int, size: int, facts: ModelFacts) -> Iterator[str]:
     """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
-    size = parameters.group_size
-    count = 32 // gcd(parameters.bits, 32)
-    words = parameters.bits * count // 32
+    count = 32 // gcd(bits, 32)
+    words = bits * count // 32
     if size != -1 and size < 1:
         yield f"group_size {size} is neither positive nor -1 (a whole row)"
         return
@@ -63,7 +78,7 @@ def check_groups(parameters: GroupParameters, facts: ModelFacts) -> Iterator[str
         if columns % count or rows % count:
             to_what = "a word" if words == 1 else f"{words} words"
             yield (
-                f"{name} is {rows} x {columns}, and {parameters.bits}-bit codes are packed {count} to {to_what}, "
+                f"{name} is {rows} x {columns}, and {bits}-bit codes are packed {count} to {to_what}, "
                 f"which needs both to be multiples of {count}"
             )
             return
@@ -151,7 +166,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype
     from ..gram import Gram
     from .gptq import solve
-    from .gptq_format import pack, quantization_config
+    from .gptq_format import pack_together, quantization_config
 
     settings = quantization_config(
         parameters.bits,
@@ -179,11 +194,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
                 )
             except ValueError as error:
                 raise StageError(f"GPTQ failed on {names[0]}: {error}") from error
-            first = 0
-            for name in names:
-                last = first + len(block.weights[name])
-                tensors.update(pack(name.removesuffix(".weight"), solution.rows(first, last), settings))
-                first = last
+            tensors.update(pack_together({name: block.weights[name] for name in names}, solution, settings))
         return Change(tensors, frozenset(block.weights))
 
     with StoredModel(run, model) as stored:
@@ -206,6 +217,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
     inputs={"model": "checkpoint"},
     output="checkpoint",
     paper="Dettmers et al. 2023, arXiv:2305.14314",
+    bits_written=6,
     check=check_nf4,
     after=lambda parameters, facts: replace(facts, format="bitsandbytes"),
 )
@@ -224,6 +236,42 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
         run_blocks(run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes")
         dtype = str(stored.dtype).removeprefix("torch.")
         settings = quantization_config(parameters.double_quant, dtype, ["lm_head"])
+        writer.share_masks(stored.manifest)
+        writer.share_files(stored.manifest)
+        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
+        return writer.publish(format="bitsandbytes", quantization=settings)
+
+
+@stage(
+    "quantize",
+    "int8",
+    version=1,
+    parameters=Int8Parameters,
+    inputs={"model": "checkpoint"},
+    output="checkpoint",
+    paper="Dettmers et al. 2022, arXiv:2208.07339",
+    bits_written=9,
+    after=lambda parameters, facts: replace(facts, format="bitsandbytes"),
+)
+def int8(run: Run, parameters: Int8Parameters, model: Artifact) -> Artifact:
+    """LLM.int8(): each row of weights in 127 steps of its largest magnitude; inputs are rounded when the model runs."""
+    from ..blocks import Change, StoredModel, run_blocks
+    from .int8_format import pack, quantization_config
+
+    def change(block: Block) -> Change:
+        tensors: dict[str, Tensor] = {}
+        for name, weight in block.weights.items():
+            try:
+                tensors.update(pack(name, weight))
+            except ValueError as error:
+                raise StageError(f"LLM.int8() failed on {name}: {error}") from error
+        return Change(tensors, frozenset(block.weights))
+
+    settings = quantization_config(parameters.threshold, ["lm_head"])
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        run_blocks(
+            run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes", quantization=settings
+        )
         writer.share_masks(stored.manifest)
         writer.share_files(stored.manifest)
         writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))

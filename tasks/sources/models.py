@@ -124,7 +124,8 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
     gemm = str(settings.get("version", "gemm")).lower() == "gemm" and settings.get("bits") == 4
     if method == "awq" and gemm and settings.get("zero_point", True):
         return "awq", settings
-    if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
+    eight_bit = bool(settings.get("load_in_8bit"))
+    if method == "bitsandbytes" and (eight_bit or settings.get("bnb_4bit_quant_type") == "nf4"):
         return "bitsandbytes", settings
     raise SourceError(
         f"the model is quantized by '{method}' in a form that can't be read here; start from its unquantized version"

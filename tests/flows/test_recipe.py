@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from coldpress.flows.plan import prepare
+from coldpress.flows import plan
+from coldpress.flows.document import Problem
+from coldpress.flows.plan import Planned, check_models, check_sources, prepare
 from coldpress.flows.recipe import RecipeError, load_recipe
 from coldpress.storage.errors import ColdpressError
 from coldpress.storage.store import Store
+from coldpress.tasks.stage import ModelFacts
 
 Change = Callable[[str, str], Path]
+RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
@@ -209,3 +213,30 @@ def test_a_shipped_recipe_is_found_by_its_name_and_a_misspelt_one_is_suggested()
 def test_shipped_studies_have_nothing_wrong(name: str) -> None:
     planned = prepare(load_recipe(name), Store("memory://no-results-here"))
     assert len(planned) > 40
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_have_the_name_of_their_file_and_measure_something(path: Path) -> None:
+    recipe = load_recipe(path.stem)
+    assert recipe.name == path.stem
+    assert recipe.variants
+    assert all(any(node.endswith("/perplexity") for node in recipe.evaluations[name]) for name in recipe.variants)
+
+
+def test_the_llama_study_is_right_but_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models stand for their Hub ids here: a 7B and a 13B by their shapes, with which all stages must agree."""
+    sizes = {"llama2-7b": (4096, 11008, 32, 32), "llama2-13b": (5120, 13824, 40, 40)}
+
+    def facts(planned: Planned, store: Store, problems: list[Problem]) -> ModelFacts:
+        width, inner, blocks, heads = sizes[planned.node.name]
+        shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
+        return ModelFacts({"model_type": "llama", **shape, "num_attention_heads": heads, "num_key_value_heads": heads})
+
+    recipe = load_recipe("midllama")
+    assert {node.name for node in recipe.nodes if node.stage.name == "source/model"} == sizes.keys()
+    monkeypatch.setattr(plan, "_source_facts", facts)
+    planned = {node.name: Planned(node, "undecided") for node in recipe.nodes}
+    assert check_models(planned, Store("memory://no-results-here")) == []
+    offline = check_sources(recipe)
+    assert len(offline) == 6
+    assert all("the Hub can't be reached" in problem.message for problem in offline)

@@ -37,7 +37,10 @@ TRANSFORMERS = LOAD.format(
     imports="from transformers import AutoModelForCausalLM\nimport bitsandbytes as bnb",
     load="model = AutoModelForCausalLM.from_pretrained(folder).eval()",
     weight="""if isinstance(module, bnb.nn.Linear4bit):
-            results[name] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)""",
+            results[name] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+            results[name] = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales)""",
 )
 GPTQMODEL = LOAD.format(
     imports="os.environ['TORCHDYNAMO_DISABLE'] = '1'  # compiling takes longer than all the rest\n"

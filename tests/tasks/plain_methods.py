@@ -296,11 +296,17 @@ def weights_of(model: Any, weights: dict[str, Tensor]) -> Iterator[Any]:
 
 
 def sparsegpt(
-    weight: Tensor, gram: Tensor, sparsity: float, kept_of: tuple[int, int] | None = None, block: int = 128
+    weight: Tensor,
+    gram: Tensor,
+    sparsity: float,
+    kept_of: tuple[int, int] | None = None,
+    block: int = 128,
+    quantized: tuple[int, int, bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Frantar and Alistarh 2023, algorithm 1, for one layer in float64: (new weight, mask, True where kept).
 
     gram: sum x x^T. kept_of: (2, 4) for two in each four inputs. Exactly int(sparsity * elements) go, block by block.
+    quantized: what stays is rounded, by (bits, group size or -1, symmetric).
     """
     w, h = weight.double().clone(), gram.double().clone()
     dead = h.diagonal() == 0
@@ -327,9 +333,16 @@ def sparsegpt(
                 score = w[:, group] ** 2 / u.diagonal()[group] ** 2
                 order = score.argsort(dim=1)
                 mask[:, group] = mask[:, group].scatter(1, order[:, : kept_of[1] - kept_of[0]], False)
-            error = w[:, column] * ~mask[:, column] / u[column, column]
+            value = w[:, column] * mask[:, column]
+            if quantized is not None:
+                bits, group_size, symmetric = quantized
+                size = columns if group_size == -1 else group_size
+                if column % size == 0:
+                    scale, zero = grid(w[:, column : column + size], bits, symmetric)
+                value = (nearest(value, scale, zero, bits) - zero) * scale
+            error = (w[:, column] - value) / u[column, column]
             w[:, column:] -= error[:, None] * u[column, column:]
-            w[:, column] *= mask[:, column]
+            w[:, column] = value
     return w, mask
 
 

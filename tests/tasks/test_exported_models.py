@@ -33,6 +33,7 @@ def test_dense_exports_load_in_transformers_with_equal_logits(
 
 
 def test_nf4_exports_load_in_transformers_with_equal_weights(
+    tiny_model_folder: Callable[..., str],
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
     windows: Callable[[Artifact], Tensor],
@@ -43,6 +44,8 @@ def test_nf4_exports_load_in_transformers_with_equal_weights(
 ) -> None:
     bases = {family: import_model(family) for family in ("llama", "gemma3_text", "opt", "gpt_neox")}
     models = {family: run_stage("quantize/nf4", {"model": base}) for family, base in bases.items()}
+    half = run_stage("source/model", {}, source=tiny_model_folder("llama"), dtype="bfloat16")
+    models["bfloat16"] = run_stage("quantize/nf4", {"model": half})
     models["double"] = run_stage("quantize/nf4", {"model": bases["llama"]}, double_quant=True)
     pruned = run_stage("prune/magnitude", {"model": bases["llama"]}, sparsity=0.5)
     models["pruned"] = run_stage("quantize/nf4", {"model": pruned})
@@ -53,6 +56,32 @@ def test_nf4_exports_load_in_transformers_with_equal_weights(
         assert all(torch.equal(loaded.weights[layer], expected[layer]) for layer in expected), name
         # On some processors bitsandbytes multiplies in bfloat16.
         assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.05, name
+
+
+def test_int8_exports_load_in_transformers_with_equal_weights(
+    tiny_model_folder: Callable[..., str],
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    windows: Callable[[Artifact], Tensor],
+    run_stage: Callable[..., Artifact],
+    block_loop_logits: Callable[..., Tensor],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    bases = {family: import_model(family) for family in ("llama", "gemma3_text", "opt", "gpt_neox")}
+    models = {family: run_stage("quantize/int8", {"model": base}) for family, base in bases.items()}
+    half = run_stage("source/model", {}, source=tiny_model_folder("llama"), dtype="bfloat16")
+    models["bfloat16"] = run_stage("quantize/int8", {"model": half})
+    models["no outliers"] = run_stage("quantize/int8", {"model": bases["llama"]}, threshold=0)
+    pruned = run_stage("prune/magnitude", {"model": bases["llama"]}, sparsity=0.5)
+    models["pruned"] = run_stage("quantize/int8", {"model": pruned})
+    ids = windows(make_tokens(bases["llama"]))
+    for name, loaded in load_elsewhere(TRANSFORMERS, ids, models).items():
+        expected = dense_weights(models[name])
+        assert loaded.weights.keys() == expected.keys(), name
+        assert all(torch.equal(loaded.weights[layer], expected[layer]) for layer in expected), name
+        # bitsandbytes rounds the inputs of layers too.
+        assert (loaded.logits - block_loop_logits(models[name], ids)).abs().mean() < 0.1, name
 
 
 def test_exports_in_gptqs_format_load_in_gptqmodel_with_the_same_weights(
@@ -91,6 +120,8 @@ def test_exports_in_gptqs_format_load_in_gptqmodel_with_the_same_weights(
     for family, bits in (("gemma3_text", 4), ("qwen2", 3)):
         inputs = {"model": import_model(family), "calibration": tokens}
         models[f"awq of {family}"] = run_stage("quantize/awq", inputs, bits=bits, group_size=32)
+    joint = {"model": llama, "calibration": tokens}
+    models["joint"] = run_stage("quantize/sparsegpt-gptq", joint, sparsity=0.5, group_size=32)
     ids = windows(tokens)
     for name, loaded in load_elsewhere(GPTQMODEL, ids, models).items():
         expected = dense_weights(models[name])

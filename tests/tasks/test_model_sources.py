@@ -178,7 +178,7 @@ def test_a_head_is_tied_where_the_family_ties_it_and_the_config_does_not_say(
 # Packed checkpoints
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptq in 3 bits", "awq", "nf4"])
+@pytest.mark.parametrize("method", ["gptq", "gptq in 3 bits", "awq", "nf4", "int8"])
 def test_an_exported_packed_model_comes_back_as_it_was(
     method: str,
     store: Store,
@@ -192,8 +192,8 @@ def test_an_exported_packed_model_comes_back_as_it_was(
 ) -> None:
     base = import_model("llama")
     tokens = make_tokens(base)
-    if method == "nf4":
-        packed = run_stage("quantize/nf4", {"model": base})
+    if method in ("nf4", "int8"):
+        packed = run_stage(f"quantize/{method}", {"model": base})
     elif method == "awq":
         packed = run_stage("quantize/awq", {"model": base, "calibration": tokens}, group_size=32, format="awq")
     else:
@@ -215,7 +215,7 @@ def test_an_exported_packed_model_comes_back_as_it_was(
         {"quant_method": "awq", "bits": 8},
         {"quant_method": "gptq", "bits": 5},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     ],
     ids=str,
 )

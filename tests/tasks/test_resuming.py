@@ -32,6 +32,8 @@ STAGES = {
     "statistics/removal": ("calibration", {}),
     "evaluate/perplexity": ("data", {}),
     "quantize/nf4": (None, {}),
+    "quantize/int8": (None, {}),
+    "quantize/sparsegpt-gptq": ("calibration", {"sparsity": 0.5, "group_size": 32}),
 }
 
 

@@ -27,7 +27,7 @@ def count(
 def variants(
     import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
 ) -> dict[str, Artifact]:
-    """A tiny Llama, pruned 2:4, and that in both packed formats."""
+    """A tiny Llama, pruned 2:4, and that in all packed formats."""
     base = import_model("llama")
     tokens = make_tokens(base)
     pruned = run_stage("prune/magnitude", {"model": base}, pattern="2:4")
@@ -36,10 +36,11 @@ def variants(
         "pruned": pruned,
         "gptq": run_stage("quantize/gptq", {"model": pruned, "calibration": tokens}, group_size=32),
         "nf4": run_stage("quantize/nf4", {"model": pruned}),
+        "int8": run_stage("quantize/int8", {"model": pruned}),
     }
 
 
-@pytest.mark.parametrize("name", ["dense", "pruned", "gptq", "nf4"])
+@pytest.mark.parametrize("name", ["dense", "pruned", "gptq", "nf4", "int8"])
 def test_size_is_that_of_the_exported_folder(
     name: str,
     variants: dict[str, Artifact],
@@ -63,6 +64,9 @@ def test_bits_per_weight_count_everything_stored_for_the_linear_weights(
     nf4 = count(variants["nf4"])["bits_per_weight"]
     fixed = (nf4 - 4.5) * WEIGHTS / 8 / 21
     assert 16 * 4 < fixed < 16 * 4 + 256
+    # 8 bits a code; of each row a float32 scale; of each layer a byte that says how codes lie.
+    int8 = sum(8 * rows * columns + 32 * rows + 8 for rows, columns in LAYERS)
+    assert count(variants["int8"])["bits_per_weight"] == pytest.approx(3 * int8 / WEIGHTS)
 
 
 def test_bits_per_weight_are_of_the_linear_weights_alone(
@@ -79,11 +83,12 @@ def test_sparsity_is_what_was_pruned_and_zeros_are_all_there_are(
     found = {name: count(variant) for name, variant in variants.items()}
     assert {name: metrics["linear_weights"] for name, metrics in found.items()} == dict.fromkeys(variants, WEIGHTS)
     assert {name: metrics["sparsity"] for name, metrics in found.items()} == {
-        "dense": 0, "pruned": 0.5, "gptq": 0.5, "nf4": 0.5,
+        "dense": 0, "pruned": 0.5, "gptq": 0.5, "nf4": 0.5, "int8": 0.5,
     }  # fmt: skip
     assert (found["dense"]["zeros"], found["pruned"]["zeros"]) == (0, 0.5)
     assert 0.5 < found["gptq"]["zeros"] < 0.7
     assert 0.5 < found["nf4"]["zeros"] < 0.7
+    assert 0.5 <= found["int8"]["zeros"] < 0.51
 
 
 def test_zeros_that_nobody_pruned_are_no_sparsity(

@@ -186,6 +186,26 @@ def test_an_nf4_export_loads_in_transformers_and_agrees(
     assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(perplexity(quantized, held_out), rel=0.02)
 
 
+def test_an_int8_export_loads_in_transformers_and_agrees(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    held_out: Artifact,
+    ids: Callable[[Artifact], Tensor],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    quantized = stage("quantize/int8", {"model": base})
+    found = load_elsewhere(TRANSFORMERS, ids(held_out), {"int8": quantized}, shared_store)["int8"]
+    expected = dense_weights(quantized, shared_store)
+    assert found.weights.keys() == expected.keys()
+    assert all(torch.equal(found.weights[layer], expected[layer]) for layer in expected)
+    inputs = {"model": quantized, "data": held_out}
+    metrics = stage("evaluate/perplexity", inputs, activations="int8", dtype="float32")
+    rounded = json.loads(shared_store.read_file(metrics, "metrics.json"))["perplexity"]
+    assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(rounded, rel=0.003)
+
+
 # Orderings, calibrated on WikiText-2's validation text and measured on its test text
 
 
@@ -223,6 +243,17 @@ def test_repair_is_better_than_choice_alone_and_patterns_cost(
     wanda, sparsegpt, alps = (after(method, sparsity=0.5) for method in ("wanda", "sparsegpt", "alps"))
     assert alps < sparsegpt < wanda
     assert sparsegpt < after("sparsegpt", pattern="4:8") < after("sparsegpt", pattern="2:4")
+
+
+def test_sparsegpt_and_gptq_in_one_pass_are_better_than_one_after_the_other(
+    stage: Stage, base: Artifact, wikitext: dict[str, Artifact], perplexity: Callable[[Artifact, Artifact], float]
+) -> None:
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    pruned = stage("prune/sparsegpt", inputs, sparsity=0.5)
+    both = stage("quantize/gptq", {**inputs, "model": pruned}, group_size=64)
+    joint = stage("quantize/sparsegpt-gptq", inputs, sparsity=0.5, group_size=64)
+    test = wikitext["test"]
+    assert perplexity(pruned, test) < perplexity(joint, test) < perplexity(both, test)
 
 
 def test_shares_by_block_are_better_than_equal_ones_at_high_sparsity(

@@ -1,0 +1,114 @@
+"""SparseGPT and GPTQ in one pass: whatever goes or is rounded, the columns to come make up for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ...storage.artifacts import Artifact, ArtifactWriter
+from ..pruning.stage import SolverParameters, check_pruning
+from ..stage import ModelFacts, Run, StageError, json_file, stage
+from .stage import check_packing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..blocks import Block
+
+
+class JointParameters(SolverParameters):
+    """Parameters of joint pruning and quantization: those of SparseGPT, and how what stays is quantized."""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
+    group_size: int = Field(128, description="inputs that share a scale; -1 for a whole row")
+    symmetric: bool = Field(True, description="the zero point stands in the middle of the codes")
+
+
+def check_joint(parameters: JointParameters, facts: ModelFacts) -> Iterator[str]:
+    """What pruning and what packing ask for."""
+    yield from check_pruning(parameters, facts)
+    yield from check_packing(parameters.bits, parameters.group_size, facts)
+
+
+@stage(
+    "quantize",
+    "sparsegpt-gptq",
+    version=1,
+    parameters=JointParameters,
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    output="checkpoint",
+    paper="Frantar and Alistarh 2023, section 3.5, arXiv:2301.00774",
+    check=check_joint,
+    after=lambda parameters, facts: replace(facts, format="gptq", masked=True),
+    derived=JointParameters.statistics,
+)
+def sparsegpt_gptq(
+    run: Run, parameters: JointParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
+) -> Artifact:
+    """SparseGPT and GPTQ in one pass: a column's weights go or are rounded, both errors spread over those to come."""
+    from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from ..gram import Gram
+    from ..pruning.sparsegpt import Selection
+    from ..pruning.statistics import read_blocks
+    from .gptq import solve
+    from .gptq_format import pack_together, quantization_config
+
+    settings = quantization_config(
+        parameters.bits, parameters.group_size, parameters.symmetric, act_order=False, damping=parameters.damping
+    )
+
+    def change(block: Block) -> Change:
+        import torch
+
+        tensors: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
+        for names in block.by_input():
+            run.stop_if_asked()
+            weights = {name: block.weights[name] for name in names}
+            selection = Selection(
+                list(weights.values()),
+                sparsity=shares[block.index],
+                pattern=patterns[block.index],
+                masks=[block.masks.get(name) for name in names],
+            )
+            try:
+                solution = solve(
+                    torch.cat(list(weights.values())),
+                    block.statistics[names[0]].matrix(),
+                    bits=parameters.bits,
+                    group_size=parameters.group_size,
+                    symmetric=parameters.symmetric,
+                    act_order=False,
+                    static_groups=False,
+                    damping=parameters.damping,
+                    selection=selection,
+                )
+            except ValueError as error:
+                raise StageError(f"SparseGPT with GPTQ failed on {names[0]}: {error}") from error
+            tensors.update(pack_together(weights, solution, settings))
+            masks.update(zip(names, selection.masks(), strict=True))
+        removed = {name: 1 - int(keep.count_nonzero()) / keep.numel() for name, keep in masks.items()}
+        return Change(tensors, frozenset(block.weights), masks, block.removal_notes(removed))
+
+    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+        shares = parameters.shares(stored.blocks, read_blocks(run.store, measured) if measured else None)
+        patterns = parameters.patterns(shares)
+        run_blocks(
+            run,
+            stored,
+            "pruning and quantizing",
+            change=change,
+            writer=writer,
+            format="gptq",
+            quantization=settings,
+            windows=read_windows(run, calibration, stored),
+            statistic=Gram,
+            dtype=resolve_dtype(parameters.dtype, stored),
+        )
+        writer.share_files(stored.manifest)
+        writer.add_file("quantize_config.json", json_file(settings))
+        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
+        return writer.publish(format="gptq", quantization=settings)
