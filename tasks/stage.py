@@ -57,11 +57,15 @@ class Parameters(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks."""
+    """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks.
+
+    original: the facts of the checkpoint that a stage compares it with, its input `original`, where they are known.
+    """
 
     config: Mapping[str, Any]
     format: str = "dense"
     masked: bool = False
+    original: ModelFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ class Stage:
 
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
-    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read. passed_on: those of its inputs
+    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read, and "adapter" if it takes a
+    checkpoint with its adapter, as `StoredModel` opens them, for a checkpoint. passed_on: those of its inputs
     that it does not read itself, only what it derives; a recipe gives them when something is derived.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
@@ -126,6 +131,13 @@ class Stage:
     def name(self) -> str:
         """ "prune/wanda": names the stage in keys, in the store and on the dashboard."""
         return f"{self.use}/{self.method}"
+
+    def refusal(self, inputs: Mapping[str, Kind]) -> str | None:
+        """Why it can't work on inputs of these kinds, by role; None if it can."""
+        for role, kind in inputs.items():
+            if kind == "adapter" and self.inputs.get(role) == "checkpoint" and "adapter" not in self.accepts:
+                return f"{self.name} can't take an adapter as '{role}'; name the checkpoint that the adapter belongs to"
+        return None
 
 
 CATALOGUE: dict[str, Stage] = {}
@@ -200,6 +212,8 @@ def compute(
 
     lease: the right to compute it; raises LeaseLost at the first commit to the journal after it was taken over.
     """
+    if refusal := entry.refusal({role: artifact.kind for role, artifact in inputs.items()}):
+        raise StageError(refusal)
     image = preimage(entry, parameters, inputs)
     started = time.time()
     clock = time.perf_counter()
