@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .eora import Factors
 
 
+_ADVICE = "name the dense checkpoint that the model's weights come from one by one"
+
+
 class SvdParameters(Parameters):
     """Parameters of plain SVD."""
 
@@ -51,15 +54,12 @@ def check_compensation(parameters: SvdParameters, facts: ModelFacts) -> Iterator
     theirs = family_of(original.config).linear_weights(original.config)
     counts = block_count(facts.config), block_count(original.config)
     if counts[0] != counts[1]:
-        yield f"the model has {counts[0]} blocks and 'original' {counts[1]}, but each needs its counterpart; {_DEEPER}"
+        yield f"the model has {counts[0]} blocks and 'original' {counts[1]}, but each needs its counterpart; {_ADVICE}"
     for name, shape in weights.items():
         if theirs.get(name) != shape:
             other = " x ".join(map(str, theirs[name])) if name in theirs else "not there"
-            yield f"{name} is {shape[0]} x {shape[1]} in the model and {other} in 'original'; {_DEEPER}"
+            yield f"{name} is {shape[0]} x {shape[1]} in the model and {other} in 'original'; {_ADVICE}"
             return
-
-
-_DEEPER = "name the dense checkpoint that the model's weights come from one by one"
 
 
 @stage(
