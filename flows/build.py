@@ -326,7 +326,7 @@ class Builder:
                     )
                 continue
             for instance in self.instances[str(variant)]:
-                if self.nodes[instance.name].stage.output == "checkpoint":
+                if self.nodes[instance.name].stage.output in ("checkpoint", "adapter"):
                     self.variants.append(instance.name)
                     self.evaluations[instance.name] = tuple(self._evaluate(instance.name, section))
         self._check_overlap(section)

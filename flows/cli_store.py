@@ -55,6 +55,7 @@ def show(ref: str, store_url: str | None) -> None:
         "kind": artifact.kind,
         "format": manifest.format,
         "quantization": manifest.quantization,
+        "base": manifest.base,
         "tensors": len(manifest.tensors),
         "masks": len(manifest.masks),
         "files": sorted(manifest.files),
@@ -72,12 +73,15 @@ def show(ref: str, store_url: str | None) -> None:
 @store_option
 @answers_errors
 def export(ref: str, folder: str, store_url: str | None) -> None:
-    """Write a checkpoint as a plain Hugging Face folder."""
+    """Write a checkpoint as a plain Hugging Face folder, or an adapter as a folder for PEFT."""
     from ..storage.export import export as write
 
     store = open_store(store_url)
-    for name in write(store, store.resolve(ref), folder):
+    artifact = store.resolve(ref)
+    for name in write(store, artifact, folder):
         click.echo(os.path.join(folder, name))
+    if base := store.manifest(artifact).base:
+        click.echo(f"the adapter of checkpoint {base[:12]}; export that too, to load them together", err=True)
 
 
 @click.command()

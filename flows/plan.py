@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..storage.artifacts import Artifact
 from ..storage.digests import digest_of
 from ..storage.errors import ColdpressError
 from ..storage.store import Action, Store
-from ..tasks.architectures import family_of, linear_parameters
+from ..tasks.architectures import block_count, family_of, linear_parameters
 from ..tasks.sources.locate import check_model, peek_config
 from ..tasks.sources.texts import check_text, text_bytes
 from ..tasks.stage import ModelFacts, facts_of, preimage
@@ -90,13 +90,16 @@ def check_sources(recipe: Recipe) -> list[Problem]:
 
 
 def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
-    """Combinations that can't work: shapes against parameters, packed models given to stages that need dense ones."""
+    """Combinations that can't work: shapes against parameters, packed models or adapters where dense ones must be."""
     problems: list[Problem] = []
     facts: dict[str, ModelFacts | None] = {}
     for name, planned in plan.items():
         node = planned.node
         if node.stage.name == "source/model":
             facts[name] = _source_facts(planned, store, problems)
+            continue
+        if refusal := node.stage.refusal({role: plan[one].node.stage.output for role, one in node.inputs.items()}):
+            problems.append(Problem(f"{node.label}: {refusal}", node.line))
             continue
         given = facts.get(node.inputs.get("model", ""))
         if given is None:
@@ -110,7 +113,8 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
                 )
             )
             continue
-        found = [Problem(f"{node.label}: {error}", node.line) for error in node.stage.check(node.parameters, given)]
+        known = replace(given, original=facts.get(node.inputs.get("original", "")))
+        found = [Problem(f"{node.label}: {error}", node.line) for error in node.stage.check(node.parameters, known)]
         problems.extend(found)
         if node.stage.output == "checkpoint" and not found:
             facts[name] = node.stage.after(node.parameters, given)
@@ -143,6 +147,9 @@ def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
     for name, planned in plan.items():
         node = planned.node
         parameters: Any = node.parameters
+        if node.stage.output == "adapter" and planned.action is None:
+            total += _adapter_bytes(plan[node.root].node, parameters.rank)
+            continue
         if node.stage.name == "source/model":
             if planned.action is not None:
                 sizes[name] = store.manifest(planned.action.artifact).stored_bytes()
@@ -160,6 +167,16 @@ def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
                 bits = 1 + getattr(parameters, "bits", 16)  # and a bit of mask
             total += int(sizes.get(node.root, 0) * (bits or 0) / 16)
     return total
+
+
+def _adapter_bytes(source: Node, rank: int) -> int:
+    """Bytes of an adapter of all linear layers of a model; 0 for one that is not known before it is downloaded."""
+    parameters: Any = source.parameters
+    config = peek_config(parameters.source)
+    if config is None:
+        return 0
+    a_block = sum(rank * (rows + columns) for rows, columns in family_of(config).linear_weights(config).values())
+    return a_block * block_count(config) * BYTES_PER_WEIGHT[parameters.dtype]
 
 
 def check_disk(plan: Mapping[str, Planned], store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Export: a checkpoint as a plain Hugging Face folder, streamed blob by blob.
+"""Export: a checkpoint as a plain Hugging Face folder, an adapter as PEFT's, streamed blob by blob.
 
 The folder holds what `transformers`, `vllm`, `GPTQModel` or `peft` read with their own calls. Masks stay behind.
 """
@@ -20,7 +20,12 @@ SHARD_BYTES = 5 * 10**9
 
 
 def shards(manifest: Manifest, limit: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> names of the tensors in it, in the order written; one file while they fit into `limit` bytes."""
+    """File name -> names of the tensors in it, in the order written; one file while they fit into `limit` bytes.
+
+    An adapter is one file always: PEFT reads no other.
+    """
+    if manifest.kind == "adapter":
+        return {"adapter_model.safetensors": sorted(manifest.tensors)}
     groups: list[list[str]] = [[]]
     filled = 0
     for name in sorted(manifest.tensors):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..storage.artifacts import Artifact, ArtifactReader, ArtifactWriter, Manifest
 from ..storage.journal import Journal, State
+from .adaptation.peft_format import weight_of
 from .architectures import Linear, block_count, family_of, is_tied
 from .formats import unpack
 from .skeleton import Skeleton, Statistic, activation_device
@@ -29,7 +30,8 @@ from .stage import Preempted, Run, StageError
 class Block:
     """A block as a method sees it.
 
-    weights: {linear weight's full name: [out_features, in_features]}, as stored, in the storage dtype, on the device.
+    weights: {linear weight's full name: [out_features, in_features]}, as stored, in the storage dtype, on the device;
+    packed ones in float32. originals: those of the dense model that a compensation tries to bring back.
     statistics: what was gathered for each of those layers; layers that read the same input share one object.
     masks: {full name: bool, True where kept} of those that were pruned before.
     linears: what each weight is for. rest: the block's other tensors (norms, biases), as stored, on the device.
@@ -42,6 +44,7 @@ class Block:
     masks: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
     rest: Mapping[str, Tensor]
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_input(self) -> list[list[str]]:
         """The block's weights, those that read the same input together."""
@@ -71,11 +74,19 @@ class Change:
 
 
 class StoredModel:
-    """A checkpoint artifact, opened for reading block by block."""
+    """A checkpoint artifact, opened for reading block by block.
+
+    An adapter is opened with the checkpoint it belongs to, whose manifest and masks these then are: a block's stored
+    tensors are the checkpoint's and the adapter's, and the dense weights W_c + B A.
+    """
 
     def __init__(self, run: Run, artifact: Artifact) -> None:
-        self.reader = ArtifactReader(run.store, artifact)
-        self.manifest = self.reader.manifest
+        self.manifest = run.store.manifest(artifact)
+        self._adapter: ArtifactReader | None = None
+        if self.manifest.base is not None:
+            self._adapter = ArtifactReader(run.store, self.manifest)
+            self.manifest = run.store.manifest(self.manifest.base)
+        self.reader = ArtifactReader(run.store, self.manifest)
         self.config: dict[str, Any] = json.loads(self.reader.file("config.json"))
         self.family = family_of(self.config)
         self.blocks = block_count(self.config)
@@ -83,6 +94,9 @@ class StoredModel:
         self._names: dict[int | None, list[str]] = {}
         for name in self.manifest.tensors:
             self._names.setdefault(self.family.block_of(name), []).append(name)
+        self._adapter_names: dict[int | None, list[str]] = {}
+        for name in self._adapter.manifest.tensors if self._adapter else ():
+            self._adapter_names.setdefault(self.family.block_of(weight_of(name) or name), []).append(name)
         missing = [index for index in range(self.blocks) if index not in self._names]
         if missing:
             raise StageError(f"the checkpoint has no tensors for block {missing[0]} of {self.blocks}")
@@ -92,6 +106,8 @@ class StoredModel:
 
     def __exit__(self, *_: object) -> None:
         self.reader.__exit__()
+        if self._adapter is not None:
+            self._adapter.__exit__()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,17 +121,22 @@ class StoredModel:
         return is_tied(self.config, self.manifest.tensors)
 
     def names(self, index: int | None) -> list[str]:
-        """Names of the stored tensors of a block, or (None) of those outside the blocks."""
+        """Names of the checkpoint's stored tensors of a block, or (None) of those outside the blocks."""
         return self._names.get(index, [])
 
     def prefetch(self, index: int) -> None:
         """Begin to read a block, if there is one of that number."""
         if index < self.blocks:
             self.reader.prefetch(self.names(index))
+            if self._adapter is not None:
+                self._adapter.prefetch(self._adapter_names.get(index, []))
 
     def stored(self, index: int | None) -> dict[str, Tensor]:
         """A block's tensors as they are stored, on the CPU."""
-        return self.reader.tensors(self.names(index))
+        tensors = self.reader.tensors(self.names(index))
+        if self._adapter is not None:
+            tensors.update(self._adapter.tensors(self._adapter_names.get(index, [])))
+        return tensors
 
     def outer(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """All tensors outside the blocks, on the device."""
@@ -162,12 +183,15 @@ def run_blocks(
     windows: Tensor | None = None,
     statistic: Callable[[int], Statistic] | None = None,
     dtype: torch.dtype | None = None,
+    original: StoredModel | None = None,
 ) -> None:
     """Take every block through `change` and give the results to `writer`.
 
     what: the activity's name in progress reports ("pruning"). windows: calibration token ids [windows, length];
     without them nothing is propagated. statistic: makes one for in_features, for each distinct input of the linears.
     dtype: of the calibration pass. format, quantization: how the changed tensors are packed.
+    original: the dense model that a compensation of `model` tries to bring back. `change` gets its weights, the pass
+    through the block that gathers statistics uses them, and what is written is an adapter: what changes add, no more.
     """
     dtype = dtype or model.dtype
     journal = run.journal
@@ -182,11 +206,14 @@ def run_blocks(
     passed = done
     if windows is not None and done < model.blocks:
         skeleton = Skeleton(model.config, dtype, run.device)
-        hidden, passed = _reach_first_block(run, journal, model, skeleton, windows, what, format, quantization)
+        hidden, passed = _reach_first_block(
+            run, journal, model, skeleton, windows, what, format, quantization, adapter=original is not None
+        )
     note_resumed(run, journal, model.blocks, done - passed)
     if done:
         run.progress(what, done, model.blocks)
-    writer.share(model.manifest, model.names(None))
+    if original is None:
+        writer.share(model.manifest, model.names(None))
     saving = SavingPace(0 if hidden is None else hidden.nbytes)
     clock = time.perf_counter()
 
@@ -194,23 +221,32 @@ def run_blocks(
         stored = model.stored(index)
         prefix = model.family.block_prefix(index)
         linears = model.linears(index)
+        originals: dict[str, Tensor] = {}
+        if original is not None:
+            originals = {name: t.to(run.device) for name, t in original.reader.tensors(linears).items()}
         try:
             statistics: dict[str, Any] = {}
             if skeleton is not None and hidden is not None and statistic is not None:
-                dense = _relative(model.unpack(stored, dtype), prefix)
+                dense = model.unpack(stored, dtype) | {name: t.to(dtype) for name, t in originals.items()}
+                dense = _relative(dense, prefix)
                 statistics = gather_statistics(skeleton, index, dense, hidden, linears, statistic, run.stop_if_asked)
                 del dense
+            plain = stored if model.manifest.format == "dense" else model.unpack(stored, torch.float32)
             block = Block(
                 index=index,
                 prefix=prefix,
-                weights={name: stored[name].to(run.device) for name in linears},
+                weights={name: plain[name].to(run.device) for name in linears},
                 statistics=statistics,
                 masks={n: mask.to(run.device) for n, mask in model.reader.masks(model.linear_shapes(index)).items()},
                 linears=linears,
-                rest={name: tensor.to(run.device) for name, tensor in stored.items() if name not in linears},
+                rest={name: tensor.to(run.device) for name, tensor in plain.items() if name not in linears},
+                originals=originals,
             )
+            del plain, originals
             # Here, since methods leave processors idle that a pass through the block keeps busy.
             model.prefetch(index + 1)
+            if original is not None and index + 1 < model.blocks:
+                original.reader.prefetch(model.linears(index + 1))
             result = change(block)
         except Preempted:
             if hidden is not None:
@@ -220,7 +256,8 @@ def run_blocks(
         writer.add_tensors(result.tensors, prefix)
         writer.add_masks(result.masks, prefix)
         kept = [name for name in stored if name not in result.replaced]
-        writer.share(model.manifest, kept)
+        shared = kept if original is None else []
+        writer.share(model.manifest, shared)
 
         last = index + 1 == model.blocks
         if skeleton is not None and hidden is not None and not last:
@@ -231,7 +268,7 @@ def run_blocks(
         del stored
         writer.settle()
         now = time.perf_counter()
-        part = writer.part([*kept, *result.tensors], result.masks)
+        part = writer.part([*shared, *result.tensors], result.masks)
         journal.commit({**part, "notes": result.notes, "seconds": round(now - clock, 3)})
         clock = now
         run.merge_notes(result.notes)
@@ -253,17 +290,19 @@ def _reach_first_block(
     what: str,
     format: str,
     quantization: Mapping[str, Any] | None,
+    adapter: bool,
 ) -> tuple[Tensor, int]:
     """Inputs of the first unfinished block, and the number of blocks that an earlier attempt had saved them after.
 
-    They come from the embedding, or are those last saved, sent through the blocks finished since then.
+    They come from the embedding, or are those last saved, sent through the blocks finished since then. adapter: whether
+    the journal has only what is added to the model's own blocks.
     """
     hidden, passed = _restore(run, skeleton, model.outer(skeleton.dtype), windows, journal.state())
     done = len(journal.steps)
     for index in range(passed, done):
         run.stop_if_asked()
         with ArtifactReader(run.store, Manifest.of_part("checkpoint", journal.steps[index])) as reader:
-            tensors = reader.tensors(reader.manifest.tensors)
+            tensors = {**(model.stored(index) if adapter else {}), **reader.tensors(reader.manifest.tensors)}
         dense = unpack(format, quantization, tensors, skeleton.dtype, run.device)
         skeleton.advance(index, _relative(dense, model.family.block_prefix(index)), hidden)
         del tensors, dense

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from .adaptation import compensation as _compensation
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -19,7 +20,8 @@ from .sources import tokens as _tokens
 from .stage import CATALOGUE, Stage
 
 MODULES = (
-    _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _quantization, _awq, _joint, _perplexity,
+    _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _quantization, _awq, _joint, _compensation,
+    _perplexity,
     _size,
 )  # fmt: skip
 

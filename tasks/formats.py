@@ -24,7 +24,11 @@ def unpack(
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, torch.Tensor]:
-    """Dense tensors of `dtype` on `device` for stored ones; packed weights come back as [out_features, in_features]."""
+    """Dense tensors of `dtype` on `device` for stored ones; packed weights come back as [out_features, in_features].
+
+    Where an adapter's tensors are among them its term is added to the weight, in float32.
+    """
+    from .adaptation import peft_format
     from .quantization import awq_format, gptq_format, int8_format, nf4_format
 
     match format:
@@ -40,13 +44,21 @@ def unpack(
             packed = nf4_format.unpack_all(tensors, device)
         case _:
             raise ColdpressError(f"a checkpoint in the format '{format}' can't be read; known are {', '.join(FORMATS)}")
-    dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items() if not _is_part(name, packed)}
-    dense.update((name, tensor.to(dtype)) for name, tensor in packed.items())
-    return dense
+    whole = {name: tensor for name, tensor in tensors.items() if not _is_part(name, packed)}
+    whole.update(packed)
+    for name, term in peft_format.terms(tensors, device).items():
+        whole[name] = term.add_(whole[name].to(device))
+    return {name: tensor.to(device, dtype) for name, tensor in whole.items()}
 
 
 def _is_part(name: str, packed: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a stored tensor is part of a packed weight: `x.qweight`, `x.SCB` or `x.weight.absmax` of `x.weight`."""
+    """Whether a stored tensor is a piece of a weight: `x.qweight`, `x.SCB`, `x.weight.absmax`, or an adapter's
+    `x.lora_A`.
+    """
+    from .adaptation import peft_format
+
+    if peft_format.weight_of(name):
+        return True
     module, _, last = name.rpartition(".")
     if last in _PARTS:
         return f"{module}.weight" in packed

@@ -7,15 +7,21 @@ from torch import Tensor
 
 
 class Gram:
-    """Sum of x x^T over all calibration tokens, [in_features, in_features] float32, one window at a time."""
+    """Sum of x x^T over all calibration tokens, [in_features, in_features] of `dtype`, one window at a time."""
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, dtype: torch.dtype = torch.float32) -> None:
         self._in_features = in_features
+        self._dtype = dtype
         self._sum: Tensor | None = None
+
+    @classmethod
+    def in_float64(cls, in_features: int) -> Gram:
+        """For methods that need small eigenvalues right beside those of outliers."""
+        return cls(in_features, torch.float64)
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in_features] of any floating dtype."""
-        inputs = inputs.float()
+        inputs = inputs.to(self._dtype)
         if self._sum is None:
             self._sum = inputs.new_zeros(self._in_features, self._in_features)
         self._sum.addmm_(inputs.T, inputs)

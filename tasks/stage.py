@@ -57,11 +57,15 @@ class Parameters(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks."""
+    """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks.
+
+    original: the facts of the checkpoint that a stage compares it with, its input `original`, where they are known.
+    """
 
     config: Mapping[str, Any]
     format: str = "dense"
     masked: bool = False
+    original: ModelFacts | None = None
 
 
 def facts_of(store: Store, checkpoint: Artifact) -> ModelFacts:
@@ -106,7 +110,8 @@ class Stage:
 
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
-    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read. passed_on: those of its inputs
+    after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read, and "adapter" if it takes a
+    checkpoint with its adapter, as `StoredModel` opens them, for a checkpoint. passed_on: those of its inputs
     that it does not read itself, only what it derives; a recipe gives them when something is derived. bits_written: how
     many for each weight of the model, where neither the kind of its output nor a parameter `bits` says so.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
@@ -134,6 +139,13 @@ class Stage:
     def name(self) -> str:
         """ "prune/wanda": names the stage in keys, in the store and on the dashboard."""
         return f"{self.use}/{self.method}"
+
+    def refusal(self, inputs: Mapping[str, Kind]) -> str | None:
+        """Why it can't work on inputs of these kinds, by role; None if it can."""
+        for role, kind in inputs.items():
+            if kind == "adapter" and self.inputs.get(role) == "checkpoint" and "adapter" not in self.accepts:
+                return f"{self.name} can't take an adapter as '{role}'; name the checkpoint that the adapter belongs to"
+        return None
 
 
 CATALOGUE: dict[str, Stage] = {}
@@ -203,6 +215,8 @@ def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mappi
     if model is None or model.kind != "checkpoint":
         return
     facts = facts_of(store, model)
+    if (original := inputs.get("original")) and original.kind == "checkpoint":
+        facts = replace(facts, original=facts_of(store, original))
     if facts.format not in entry.accepts:
         yield f"{entry.name} needs an unquantized model, but this one is packed ({facts.format})"
     else:
@@ -221,6 +235,8 @@ def compute(
 
     lease: the right to compute it; raises LeaseLost at the first commit to the journal after it was taken over.
     """
+    if refusal := entry.refusal({role: artifact.kind for role, artifact in inputs.items()}):
+        raise StageError(refusal)
     for problem in impossible(run.store, entry, parameters, inputs):
         raise StageError(problem)
     image = preimage(entry, parameters, inputs)

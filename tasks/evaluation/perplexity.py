@@ -47,11 +47,14 @@ class PerplexityParameters(Parameters):
     parameters=PerplexityParameters,
     inputs={"model": "checkpoint", "data": "tokens"},
     output="metrics",
-    accepts=frozenset(FORMATS),
+    accepts=frozenset((*FORMATS, "adapter")),
     paper="protocol of SparseGPT and Wanda: non-overlapping windows, exp of the mean of window means",
 )
 def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data: Artifact) -> Artifact:
-    """exp(mean over windows of the mean cross-entropy of the next token), on the weights as stored."""
+    """exp(mean over windows of the mean cross-entropy of the next token), on the weights as stored.
+
+    Of an adapter: of its checkpoint with the adapter's terms added to the weights.
+    """
     import math
 
     import torch

@@ -18,16 +18,25 @@ class SizeParameters(Parameters):
     parameters=SizeParameters,
     inputs={"model": "checkpoint"},
     output="metrics",
-    accepts=frozenset(FORMATS),
+    accepts=frozenset((*FORMATS, "adapter")),
 )
 def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
-    """Bytes of the exported folder; over the block linears: bits per weight, pruned share, share of exact zeros."""
+    """Bytes of the exported folder; over the block linears: bits per weight, pruned share, share of exact zeros.
+
+    Of an adapter: bytes and bits are its own and its checkpoint's together, shares those of the checkpoint, which it
+    leaves as it is.
+    """
     from ...storage.export import export_bytes
     from ...storage.tensors import tensor_nbytes
     from ..architectures import linear_parameters
     from ..blocks import StoredModel
 
-    pruned = zeros = packed_bytes = 0
+    pruned = zeros = packed_bytes = exported = 0
+    manifest = run.store.manifest(model)
+    if manifest.base is not None:
+        packed_bytes = sum(tensor_nbytes(entry.dtype, entry.shape) for entry in manifest.tensors.values())
+        exported = export_bytes(manifest)
+        model = Artifact("checkpoint", manifest.base)
     with StoredModel(run, model) as stored:
         for index in range(stored.blocks):
             stored.prefetch(index + 1)
@@ -48,7 +57,7 @@ def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
             run.progress("counting", index + 1, stored.blocks)
         weights = linear_parameters(stored.config)
         result = {
-            "size_bytes": export_bytes(stored.manifest),
+            "size_bytes": exported + export_bytes(stored.manifest),
             "bits_per_weight": packed_bytes * 8 / weights,
             "sparsity": pruned / weights,
             "zeros": zeros / weights,

@@ -114,6 +114,21 @@ def test_ls_show_export_verify_and_du_work_on_a_store(
     assert "tiny/pruned" in damaged.stdout
 
 
+def test_an_exported_adapter_says_which_checkpoint_to_export_with_it(
+    call: Callable[..., Result],
+    pruned: Artifact,
+    import_model: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    tmp_path: Path,
+) -> None:
+    adapter = run_stage("compensate/svd", {"model": pruned, "original": import_model("llama")}, rank=4)
+    said = call("export", adapter.short, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert f"the adapter of checkpoint {pruned.short}" in said.stderr
+    assert json.loads(call("show", adapter.short).stdout)["base"] == pruned.id
+    assert call("export", pruned.short, str(tmp_path / "base")).stderr == ""
+
+
 def test_an_unknown_name_is_a_sentence_with_status_2(call: Callable[..., Result], pruned: Artifact) -> None:
     result = call("show", "tiny/prund")
     assert result.exit_code == 2

@@ -88,6 +88,18 @@ def test_compare_sees_fields_that_one_side_lacks() -> None:
     assert [d.field for d in compare({"a": {"x": 1}}, {"a": {"y": 2}})] == ["a.x", "a.y"]
 
 
+def test_an_adapter_counts_with_the_bytes_of_its_factors(
+    change: Callable[[str, str], Path], store: Store, run_stage: Callable[..., Artifact]
+) -> None:
+    def need(rank: int) -> int:
+        return disk_need(make_plan(load_recipe(str(path), [f"stages.back.rank={rank}"]), store), store)
+
+    stage = "  back: {use: compensate, method: svd, model: nf4, original: base, rank: 1}\nevaluate:"
+    path = change("evaluate:", stage)
+    a_block = 2 * (64 + 64) + 2 * (32 + 64) + 3 * (128 + 64)
+    assert need(5) - need(1) == 4 * 3 * a_block * 2  # "auto" counts as two bytes
+
+
 def test_a_run_that_cannot_fit_on_the_disk_is_refused_before_it_starts(
     tiny_recipe: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,63 @@ def test_a_matrix_fans_out_through_the_dag(change: Change) -> None:
     assert names.count("calibration") == 1
 
 
+COMPENSATED = (
+    "  back: {use: compensate, method: eora, model: gptq, original: base, calibration: calibration, rank: 8}\n"
+    "evaluate:\n  variants: [base, pruned, gptq, nf4, back]"
+)
+
+
+@pytest.fixture
+def compensated(change: Change) -> Path:
+    """The tiny recipe with a compensation of its GPTQ model, in line 10, among the variants."""
+    return change("evaluate:\n  variants: [base, pruned, gptq, nf4]", COMPENSATED)
+
+
+def test_an_adapter_is_a_variant_that_is_evaluated_as_models_are(compensated: Path) -> None:
+    recipe = load_recipe(str(compensated))
+    assert "back" in recipe.variants
+    assert recipe.evaluations["back"] == ("back/size", "back/perplexity")
+    assert recipe.node("back").inputs == {"model": "gptq", "original": "base", "calibration": "calibration"}
+    plan = prepare(recipe, Store("memory://no-results-here"))
+    assert plan["back/perplexity"].state == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("rank: 8", "rank: 33", 10, "rank 33 is above a dimension of self_attn.k_proj.weight, 32 x 64; 32 is the most"),
+        (", rank: 8", "", 10, "rank 128 is above a dimension of self_attn.q_proj.weight"),
+        ("rank: 8", "rank: 0", 10, "greater than or equal to 1"),
+        ("original: base, ", "", 10, "needs 'original', the name of a checkpoint"),
+        ("original: base", "original: nf4", 10, "'original' is packed (bitsandbytes)"),
+        (
+            "rank: 8}", "rank: 8}\n  more: {use: prune, method: magnitude, model: back, sparsity: 0.5}", 11,
+            "stage 'more': prune/magnitude can't take an adapter as 'model'; name the checkpoint",
+        ),
+        (
+            "rank: 8}", "rank: 8}\n  more: {use: quantize, method: nf4, model: back}", 11,
+            "stage 'more': quantize/nf4 can't take an adapter as 'model'",
+        ),
+        (
+            "rank: 8}", "rank: 8}\n  more: {use: compensate, method: svd, model: nf4, original: back}", 11,
+            "stage 'more': compensate/svd can't take an adapter as 'original'",
+        ),
+        (
+            "original: base, calibration: calibration, rank: 8}",
+            "original: narrow, calibration: calibration, rank: 8}\n", 11,
+            "mlp.gate_proj.weight is 128 x 64 in the model and 64 x 64 in 'original'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_with_adapters_is_named_with_its_line_and_a_remedy(
+    compensated: Path, change: Change, old: str, new: str, line: int, says: str
+) -> None:
+    if "narrow" in new:
+        change("  nf4:", "  narrow: {use: prune, method: magnitude-sp, model: base, sparsity: 0.5, parts: ffn}\n  nf4:")
+    found = problems(change(old, new))
+    assert any(f":{line}: " in sentence and says in sentence for sentence in found), found
+
+
 def test_two_models_have_tokens_of_their_own(change: Change, tiny_model_folder: Callable[..., str]) -> None:
     folder = tiny_model_folder("llama")
     change(f'model: {{source: "{folder}"}}', f'models: {{base: {{source: "{folder}"}}, other: {{source: "{folder}"}}}}')

@@ -105,6 +105,20 @@ def test_changing_one_stage_recomputes_it_and_what_follows(run: Run, memory: Sto
     assert changed["pruned"] == changed["gptq"] == changed["nf4/size"] == "computed"
 
 
+def test_an_adapter_is_measured_with_the_checkpoint_it_belongs_to(
+    run: Run, memory: Store, change: Callable[[str, str], Path]
+) -> None:
+    stage = "  back: {use: compensate, method: svd, model: nf4, original: base, rank: 32}\nevaluate:"
+    change("[base, pruned, gptq, nf4]", "[base, nf4, back]")
+    change("evaluate:", stage)
+    metrics = run(memory).metrics
+    assert set(metrics) == {"base", "nf4", "back"}
+    dense, without, compensated = (metrics[name]["loss_nats"] for name in ("base", "nf4", "back"))
+    assert abs(compensated - dense) < abs(without - dense)
+    assert metrics["back"]["bits_per_weight"] > metrics["nf4"]["bits_per_weight"]
+    assert metrics["back"]["sparsity"] == metrics["nf4"]["sparsity"]
+
+
 def test_a_failed_branch_leaves_the_others_running(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from coldpress.tasks.quantization import nf4_format
 

@@ -59,6 +59,19 @@ AWQ = LOAD.format(
             parts = module.qweight, module.qzeros, module.scales, module.bits, module.group_size
             results[name] = dequantize_gemm(*parts).T.float()""",
 )
+# Adapters belong to the checkpoint before them. Where GPTQModel is installed PEFT asks for optimum too, whatever the
+# model; so here it is not.
+PEFT = LOAD.format(
+    imports="sys.modules['gptqmodel'] = None\n"
+    "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
+    load="""is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+        base = base if is_adapter else folder
+        model = AutoModelForCausalLM.from_pretrained(base).eval()
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, folder).eval()""",
+    weight="""if hasattr(module, "get_delta_weight"):
+            results[name.removeprefix("base_model.model.")] = module.get_delta_weight("default")""",
+)
 
 
 class Loaded(NamedTuple):

@@ -60,6 +60,7 @@ def deep_model(import_model: Callable[..., Artifact]) -> Artifact:
         ("quantize/gptq", "calibration", {"group_size": 32}),
         ("quantize/nf4", None, {}),
         ("evaluate/perplexity", "data", {}),
+        ("compensate/eora", "calibration", {"rank": 4}),
         ("evaluate/size", None, {}),
     ],
 )
@@ -74,6 +75,8 @@ def test_at_most_the_block_at_work_and_the_one_being_read_are_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = {"model": deep_model} | ({role: make_tokens(deep_model, samples=2)} if role else {})
+    if "original" in stage_named(stage).inputs:
+        inputs["original"] = deep_model
     watch = Watch(store, deep_model)
     monkeypatch.setattr(store.files, "read", watch.read)
     run_stage(stage, inputs, **parameters)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from coldpress.storage.artifacts import Artifact
-from coldpress.tasks.architectures import known_model_types
-from elsewhere import AWQ, GPTQMODEL, TRANSFORMERS, Loaded
+from coldpress.tasks.architectures import family_of, known_model_types
+from elsewhere import AWQ, GPTQMODEL, PEFT, TRANSFORMERS, Loaded
 from torch import Tensor
 
 
@@ -151,3 +151,38 @@ def test_exports_in_awqs_format_load_in_gptqmodel_with_the_same_weights(
     for layer, weight in expected.items():  # GPTQModel computes in float16
         torch.testing.assert_close(loaded.weights[layer], weight, rtol=2**-10, atol=1e-6)
     assert (loaded.logits - block_loop_logits(models["llama"], ids)).abs().mean() < 0.05
+
+
+def test_adapters_load_in_peft_beside_their_checkpoints_with_equal_logits(
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    windows: Callable[[Artifact], Tensor],
+    run_stage: Callable[..., Artifact],
+    block_loop_logits: Callable[..., Tensor],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    models = {}
+    for family in ("llama", "opt", "gpt_neox"):
+        original = import_model(family)
+        tokens = make_tokens(original)
+        models[family] = pruned = run_stage("prune/wanda", {"model": original, "calibration": tokens}, pattern="2:4")
+        inputs = {"model": pruned, "original": original}
+        models[f"eora {family}"] = run_stage("compensate/eora", {**inputs, "calibration": tokens}, rank=16)
+        models[f"svd {family}"] = run_stage("compensate/svd", inputs, rank=16)
+    original = import_model("llama")
+    models["nf4"] = run_stage("quantize/nf4", {"model": original})
+    models["svd nf4"] = run_stage("compensate/svd", {"model": models["nf4"], "original": original}, rank=16)
+    ids = windows(make_tokens(original))
+    found = load_elsewhere(PEFT, ids, models)
+    for name, model in models.items():
+        expected = block_loop_logits(model, ids)
+        if "nf4" in name:  # on some processors bitsandbytes multiplies in bfloat16
+            assert (found[name].logits - expected).abs().mean() < 0.05, name
+        else:
+            torch.testing.assert_close(found[name].logits, expected, rtol=0, atol=1e-4)
+    for family in ("llama", "opt", "gpt_neox"):
+        assert (found[f"eora {family}"].logits - found[family].logits).abs().max() > 0.1, family
+        for method in ("eora", "svd"):
+            layers = found[f"{method} {family}"].weights
+            assert len(layers) == 3 * len(family_of({"model_type": family}).linears)
+    assert len(found["svd nf4"].weights) == 3 * 7

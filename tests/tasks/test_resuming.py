@@ -34,6 +34,8 @@ STAGES = {
     "quantize/nf4": (None, {}),
     "quantize/int8": (None, {}),
     "quantize/sparsegpt-gptq": ("calibration", {"sparsity": 0.5, "group_size": 32}),
+    "compensate/eora": ("calibration", {"rank": 4}),
+    "compensate/svd": (None, {"rank": 4}),
 }
 
 
@@ -68,7 +70,7 @@ def deep_model(import_model: Callable[..., Artifact]) -> Artifact:
 
 @pytest.fixture
 def attempt(
-    store: Store, deep_model: Artifact, make_tokens: Callable[..., Artifact]
+    store: Store, deep_model: Artifact, make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
 ) -> Callable[[str, Attempt], Action]:
     tokens = make_tokens(deep_model)
 
@@ -76,6 +78,8 @@ def attempt(
         role, parameters = STAGES.get(name, ("calibration", {}))
         entry = stage_named(name)
         inputs = {"model": deep_model, **({role: tokens} if role else {})}
+        if "original" in entry.inputs:
+            inputs |= {"model": run_stage("quantize/nf4", {"model": deep_model}), "original": deep_model}
         return compute(how.run(), entry, entry.parameters(**parameters), inputs)
 
     return begin

@@ -206,6 +206,23 @@ def test_an_int8_export_loads_in_transformers_and_agrees(
     assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(rounded, rel=0.003)
 
 
+def test_eora_brings_back_more_of_a_pruned_and_quantized_model_than_svd(
+    stage: Stage,
+    base: Artifact,
+    calibration: Artifact,
+    held_out: Artifact,
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    pruned = stage("prune/wanda", {"model": base, "calibration": calibration}, pattern="2:4")
+    quantized = stage("quantize/gptq", {"model": pruned, "calibration": calibration}, group_size=64)
+    inputs = {"model": quantized, "original": base}
+    eora = stage("compensate/eora", {**inputs, "calibration": calibration}, rank=32)
+    svd = stage("compensate/svd", inputs, rank=32)
+    found = [perplexity(model, held_out) for model in (base, eora, svd, quantized)]
+    assert found == sorted(found)
+    assert found[1] < found[3] / 2
+
+
 # Orderings, calibrated on WikiText-2's validation text and measured on its test text
 
 
