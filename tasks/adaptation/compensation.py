@@ -139,6 +139,7 @@ def _compensate(
         StoredModel(run, original) as dense,
         ArtifactWriter(run.store, "adapter") as writer,
     ):
+
         def change(block: Block) -> Change:
             tensors: dict[str, Tensor] = {}
             for name, term in factors(block):

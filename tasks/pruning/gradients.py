@@ -195,7 +195,8 @@ def _backward(
     """Send the loss's gradient back through all blocks; `sums(stored, index, weights)` begins what is summed of one."""
     import torch
 
-    from ..blocks import SavingPace, StoredModel, note_resumed, read_windows, resolve_dtype
+    from ..blocks import StoredModel, read_windows, resolve_dtype
+    from ..resuming import SavingPace, note_resumed
     from ..skeleton import Skeleton
 
     journal = run.journal

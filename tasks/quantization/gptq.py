@@ -50,7 +50,7 @@ def solve(
     static_groups: grids from the original weight rather than the updated one. keep: bool [rows, columns]; pruned
     weights (False) get the code of exact zero and their error is made up for like any other. selection: chooses what
     is pruned on the way instead, of weights already made up for earlier errors of both kinds (Frantar and Alistarh
-    2023, section 3.5); not with `act_order`.
+    2023, section 3.5); grids span what is not known to go; not with `act_order`.
     """
     assert selection is None or (keep is None and not act_order)
     rows, columns = weight.shape
@@ -96,8 +96,10 @@ def solve(
             group = groups[column]
             if grids[group] is None:
                 # The group's later columns lie in this block, or were brought up to date before it began.
-                members = work[column : column + group_size].T
-                grids[group] = fit_grid(members, bits, symmetric=symmetric)
+                members = work[column : column + group_size]
+                if selection is not None:
+                    members = members * selection.keep[column : column + group_size]  # what goes needs no codes
+                grids[group] = fit_grid(members.T, bits, symmetric=symmetric)
             grid = grids[group]
             assert grid is not None
             value = work[column]

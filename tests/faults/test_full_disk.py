@@ -13,8 +13,8 @@ from coldpress.storage.artifacts import Artifact
 from coldpress.storage.errors import StoreError
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Action, Store
-from coldpress.tasks.blocks import SavingPace
 from coldpress.tasks.catalogue import stage_named
+from coldpress.tasks.resuming import SavingPace
 from coldpress.tasks.stage import Run, compute
 
 BLOCKS = 4

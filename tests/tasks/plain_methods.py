@@ -338,7 +338,8 @@ def sparsegpt(
                 bits, group_size, symmetric = quantized
                 size = columns if group_size == -1 else group_size
                 if column % size == 0:
-                    scale, zero = grid(w[:, column : column + size], bits, symmetric)
+                    staying = w[:, column : column + size] * mask[:, column : column + size]  # as far as is known
+                    scale, zero = grid(staying, bits, symmetric)
                 value = (nearest(value, scale, zero, bits) - zero) * scale
             error = (w[:, column] - value) / u[column, column]
             w[:, column:] -= error[:, None] * u[column, column:]

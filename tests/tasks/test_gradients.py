@@ -10,10 +10,10 @@ import pytest
 import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
-from coldpress.tasks.blocks import SavingPace
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.pruning.criteria import gblm_score, pruner_zero_score
 from coldpress.tasks.pruning.selection import keep_by_row
+from coldpress.tasks.resuming import SavingPace
 from coldpress.tasks.stage import Preempted, Run, compute
 from torch import Tensor
 

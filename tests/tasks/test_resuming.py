@@ -10,8 +10,8 @@ import pytest
 from coldpress.storage.artifacts import Artifact, ArtifactWriter
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Action, Store
-from coldpress.tasks.blocks import SavingPace
 from coldpress.tasks.catalogue import stage_named
+from coldpress.tasks.resuming import SavingPace
 from coldpress.tasks.stage import Preempted, Run, compute
 
 BLOCKS = 5
