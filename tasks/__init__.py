@@ -3,14 +3,15 @@
 - `stage.py`          what a stage is: parameters, inputs, key; running one
 - `catalogue.py`      the list of all stages
 - `architectures.py`  all that is particular to a model family
-- `blocks.py`         the one block-by-block loop that layer-wise methods share
+- `blocks.py`         the one block-by-block loop that layer-wise methods share; `resuming.py`: how stages go on
 - `skeleton.py`       a model without its weights, called block by block
 - `formats.py`        stored tensors <-> dense weights, for dense and packed checkpoints
 - `sources/`          models and token sets in
-- `pruning/`          criteria (maths) and the stage around them
-- `quantization/`     GPTQ and NF4
+- `pruning/`          weights, heads and channels, or whole blocks that go
+- `quantization/`     RTN, GPTQ, AWQ, NF4, LLM.int8(), SparseGPT with GPTQ
+- `adaptation/`       what is put beside compressed weights: EoRA
 - `evaluation/`       perplexity, size, bits per weight, sparsity
-- `reporting/`        the table and the page over all variants
+- `reporting/`        the table, the charts and the page over all variants
 
 Modules that the catalogue imports (everything but the work itself) import torch inside functions only, so that
 planning and cached runs never load it.
