@@ -218,7 +218,8 @@ def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mappi
     if (original := inputs.get("original")) and original.kind == "checkpoint":
         facts = replace(facts, original=facts_of(store, original))
     if facts.format not in entry.accepts:
-        yield f"{entry.name} needs an unquantized model, but this one is packed ({facts.format})"
+        takes = ", ".join(sorted(entry.accepts))
+        yield f"{entry.name} can't read a checkpoint in the format '{facts.format}'; it takes {takes}"
     else:
         yield from entry.check(parameters, facts)
 
