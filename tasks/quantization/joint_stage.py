@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from ...storage.artifacts import Artifact, ArtifactWriter
+from ...storage.artifacts import Artifact
 from ..pruning.stage import SolverParameters, check_pruning
-from ..stage import ModelFacts, Run, StageError, json_file, stage
-from .stage import check_packing
+from ..stage import ModelFacts, Run, StageError, stage
+from .stage import GroupParameters, check_groups, quantized_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +17,14 @@ if TYPE_CHECKING:
     from ..blocks import Block
 
 
-class JointParameters(SolverParameters):
+class JointParameters(GroupParameters, SolverParameters):
     """Parameters of joint pruning and quantization: those of SparseGPT, and how what stays is quantized."""
-
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
-    group_size: int = Field(128, description="inputs that share a scale; -1 for a whole row")
-    symmetric: bool = Field(True, description="the zero point stands in the middle of the codes")
 
 
 def check_joint(parameters: JointParameters, facts: ModelFacts) -> Iterator[str]:
     """What pruning and what packing ask for."""
     yield from check_pruning(parameters, facts)
-    yield from check_packing(parameters.bits, parameters.group_size, facts)
+    yield from check_groups(parameters, facts)
 
 
 @stage(
@@ -49,7 +43,7 @@ def sparsegpt_gptq(
     run: Run, parameters: JointParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
 ) -> Artifact:
     """SparseGPT and GPTQ in one pass: a column's weights go or are rounded, both errors spread over those to come."""
-    from ..blocks import Change, StoredModel, read_windows, resolve_dtype, run_blocks
+    from ..blocks import Change, StoredModel, read_windows, resolve_dtype
     from ..gram import Gram
     from ..pruning.sparsegpt import Selection
     from ..pruning.statistics import read_blocks
@@ -93,22 +87,16 @@ def sparsegpt_gptq(
         removed = {name: 1 - int(keep.count_nonzero()) / keep.numel() for name, keep in masks.items()}
         return Change(tensors, frozenset(block.weights), masks, block.removal_notes(removed))
 
-    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
+    with StoredModel(run, model) as stored:
         shares = parameters.shares(stored.blocks, read_blocks(run.store, measured) if measured else None)
         patterns = parameters.patterns(shares)
-        run_blocks(
+        return quantized_checkpoint(
             run,
             stored,
+            change,
+            settings,
             "pruning and quantizing",
-            change=change,
-            writer=writer,
-            format="gptq",
-            quantization=settings,
             windows=read_windows(run, calibration, stored),
             statistic=Gram,
             dtype=resolve_dtype(parameters.dtype, stored),
         )
-        writer.share_files(stored.manifest)
-        writer.add_file("quantize_config.json", json_file(settings))
-        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
-        return writer.publish(format="gptq", quantization=settings)

@@ -57,12 +57,8 @@ class Int8Parameters(Parameters):
 
 
 def check_groups(parameters: GroupParameters, facts: ModelFacts) -> Iterator[str]:
-    """The format's demands."""
-    yield from check_packing(parameters.bits, parameters.group_size, facts)
-
-
-def check_packing(bits: int, size: int, facts: ModelFacts) -> Iterator[str]:
     """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
+    bits, size = parameters.bits, parameters.group_size
     count = 32 // gcd(bits, 32)
     words = bits * count // 32
     if size != -1 and size < 1:
@@ -97,22 +93,22 @@ def quantized_checkpoint(
     model: StoredModel,
     change: Callable[[Block], Change],
     settings: Mapping[str, Any],
+    what: str = "quantizing",
     **calibration: Any,
 ) -> Artifact:
-    """A model in GPTQ's or AWQ's format after every block went through `change`.
+    """A model in a packed format after every block went through `change`; it keeps the masks that were there.
 
-    settings: those of the format, which name it. calibration: what `run_blocks` is to be given besides.
+    settings: those of the format, which name it. what, calibration: what `run_blocks` is to be given besides.
     """
     from ..blocks import run_blocks
 
     format = settings["quant_method"]
     with ArtifactWriter(run.store, "checkpoint") as writer:
-        run_blocks(
-            run, model, "quantizing", change=change, writer=writer, format=format, quantization=settings, **calibration
-        )
         writer.share_masks(model.manifest)
+        run_blocks(run, model, what, change=change, writer=writer, format=format, quantization=settings, **calibration)
         writer.share_files(model.manifest)
-        writer.add_file("quantize_config.json", json_file(settings))
+        if format in ("gptq", "awq"):
+            writer.add_file("quantize_config.json", json_file(settings))
         writer.add_file("config.json", json_file({**model.config, "quantization_config": settings}))
         return writer.publish(format=format, quantization=settings)
 
@@ -223,7 +219,7 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
 )
 def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
     """4-bit NormalFloat: the nearest of 16 quantiles of the normal, scaled by each block's largest magnitude."""
-    from ..blocks import Change, StoredModel, run_blocks
+    from ..blocks import Change, StoredModel
     from .nf4_format import pack, quantization_config
 
     def change(block: Block) -> Change:
@@ -232,14 +228,10 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
             tensors.update(pack(name, weight, parameters.block_size, parameters.double_quant))
         return Change(tensors, frozenset(block.weights))
 
-    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
-        run_blocks(run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes")
+    with StoredModel(run, model) as stored:
         dtype = str(stored.dtype).removeprefix("torch.")
         settings = quantization_config(parameters.double_quant, dtype, ["lm_head"])
-        writer.share_masks(stored.manifest)
-        writer.share_files(stored.manifest)
-        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
-        return writer.publish(format="bitsandbytes", quantization=settings)
+        return quantized_checkpoint(run, stored, change, settings)
 
 
 @stage(
@@ -255,7 +247,7 @@ def nf4(run: Run, parameters: Nf4Parameters, model: Artifact) -> Artifact:
 )
 def int8(run: Run, parameters: Int8Parameters, model: Artifact) -> Artifact:
     """LLM.int8(): each row of weights in 127 steps of its largest magnitude; inputs are rounded when the model runs."""
-    from ..blocks import Change, StoredModel, run_blocks
+    from ..blocks import Change, StoredModel
     from .int8_format import pack, quantization_config
 
     def change(block: Block) -> Change:
@@ -267,15 +259,8 @@ def int8(run: Run, parameters: Int8Parameters, model: Artifact) -> Artifact:
                 raise StageError(f"LLM.int8() failed on {name}: {error}") from error
         return Change(tensors, frozenset(block.weights))
 
-    settings = quantization_config(parameters.threshold, ["lm_head"])
-    with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
-        run_blocks(
-            run, stored, "quantizing", change=change, writer=writer, format="bitsandbytes", quantization=settings
-        )
-        writer.share_masks(stored.manifest)
-        writer.share_files(stored.manifest)
-        writer.add_file("config.json", json_file({**stored.config, "quantization_config": settings}))
-        return writer.publish(format="bitsandbytes", quantization=settings)
+    with StoredModel(run, model) as stored:
+        return quantized_checkpoint(run, stored, change, quantization_config(parameters.threshold, ["lm_head"]))
 
 
 def stacked_masks(block: Block, names: list[str]) -> Tensor | None:
