@@ -70,10 +70,14 @@ def show(ref: str, store_url: str | None) -> None:
 @click.command()
 @click.argument("ref")
 @click.argument("folder", type=click.Path())
+@click.option("--check", is_flag=True, help="load it in a fresh process without coldpress, and compare logits")
 @store_option
 @answers_errors
-def export(ref: str, folder: str, store_url: str | None) -> None:
-    """Write a checkpoint as a plain Hugging Face folder, or an adapter as a folder for PEFT."""
+def export(ref: str, folder: str, check: bool, store_url: str | None) -> None:
+    """Write a checkpoint as a plain Hugging Face folder, or an adapter as a folder for PEFT.
+
+    With --check the exit status is 1 if the logits differ.
+    """
     from ..storage.export import export as write
 
     store = open_store(store_url)
@@ -82,6 +86,17 @@ def export(ref: str, folder: str, store_url: str | None) -> None:
         click.echo(os.path.join(folder, name))
     if base := store.manifest(artifact).base:
         click.echo(f"the adapter of checkpoint {base[:12]}; export that too, to load them together", err=True)
+    if check:
+        from ..tasks.evaluation.exported import check_export
+
+        found = check_export(store, artifact, os.path.abspath(folder))
+        click.echo(
+            f"loaded without coldpress: logits {'agree' if found.agrees else 'DIFFER'}, by {found.difference:.4f} on "
+            f"average (their standard deviation is {found.deviation:.2f}); the most likely next token is the same for "
+            f"{found.same} of {found.tokens}"
+        )
+        if not found.agrees:
+            sys.exit(1)
 
 
 @click.command()

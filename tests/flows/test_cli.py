@@ -102,6 +102,9 @@ def test_ls_show_export_verify_and_du_work_on_a_store(
     assert shown["made_by"][0]["preimage"]["parameters"] == {"sparsity": 0.5}
     assert json.loads(call("show", pruned.id[:10]).stdout)["artifact"] == pruned.id
     assert call("export", "tiny/pruned", str(tmp_path / "out")).exit_code == 0
+    checked = call("export", "tiny/pruned", str(tmp_path / "again"), "--check")
+    assert checked.exit_code == 0
+    assert "logits agree, by 0.0000 on average" in checked.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "sound" in call("verify").stdout
     assert "2 artifacts" in call("du").stdout
