@@ -41,14 +41,14 @@ def decompose(gram: Tensor, damping: float = 0.01) -> Inputs:
 
     Raises ValueError when there is NaN or infinity in it.
     """
-    damped = gram.double().clone()
+    damped = gram.to(torch.float64, copy=True)
     if not bool(damped.isfinite().all()):
         raise ValueError("the Gram matrix has NaN or infinity in it")
     damped.diagonal().add_(damping * damped.diagonal().mean())
     norms = damped.diagonal().sqrt() + 1e-8
-    normalized = damped / (norms[:, None] * norms)
-    eigenvalues, vectors = torch.linalg.eigh(normalized)
-    return Inputs(normalized.float(), vectors.float(), eigenvalues.float().clamp_(min=0), norms.float())
+    damped /= norms[:, None] * norms
+    eigenvalues, vectors = torch.linalg.eigh(damped)
+    return Inputs(damped.float(), vectors.float(), eigenvalues.float().clamp_(min=0), norms.float())
 
 
 def solve(
