@@ -355,7 +355,7 @@ def wanda_sp(run: Run, parameters: CalibratedWidthParameters, model: Artifact, c
 @stage(
     "prune",
     "flap",
-    version=1,
+    version=2,
     parameters=FlapParameters,
     paper="An et al. 2023 (FLAP), arXiv:2312.11983",
     derived=FlapParameters.statistics,
