@@ -36,7 +36,7 @@ class Builder:
         self.variants: list[str] = []
         self.evaluations: dict[str, tuple[str, ...]] = {}
         self.data: dict[str, tuple[TokensEntry, int | None]] = {}
-        self.calibrations: dict[str, int | None] = {}
+        self.learned_from: dict[str, str] = {}  # data entry -> the role in which stages use it
         self.broken: set[str] = set()  # named in the recipe, but with problems of their own
 
     def problem(self, message: str, *path: str | int) -> None:
@@ -183,8 +183,9 @@ class Builder:
                 self.problem(f"{label} needs '{role}', the name of a {kind}; there is {', '.join(there)}", *path)
             else:
                 self._check_reference(name, role, kind, entry[role], section)
-        if isinstance(inputs.get("calibration"), str):
-            self.calibrations.setdefault(inputs["calibration"], self.document.line(*path, "calibration"))
+        for role, kind in stage.inputs.items():
+            if kind == "tokens" and isinstance(inputs.get(role), str):
+                self.learned_from.setdefault(inputs[role], role)
         matrix = entry.get("matrix") or {}
         fixed = {k: v for k, v in entry.items() if k not in ("use", "method", "matrix", *stage.inputs)}
         if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
@@ -367,11 +368,11 @@ class Builder:
             if isinstance(entry, dict) and str(entry.get("data")) in self.data
         }
         for first in held_out:
-            for second in self.calibrations.keys() & self.data.keys():
+            for second in self.learned_from.keys() & self.data.keys():
                 if self.data[first][0].overlaps(self.data[second][0]):
                     self.problem(
-                        f"calibration '{second}' and evaluation data '{first}' are drawn from the same text, so "
-                        "windows could be in both; give them different splits (split: train, split: test) or sources",
+                        f"{self.learned_from[second]} '{second}' and evaluation data '{first}' are drawn from the "
+                        "same text, so windows could be in both; give them different splits (split: train, split: test) or sources",
                         "data", first,
                     )  # fmt: skip
 

@@ -116,7 +116,9 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
         known = replace(given, original=facts.get(node.inputs.get("original", "")))
         found = [Problem(f"{node.label}: {error}", node.line) for error in node.stage.check(node.parameters, known)]
         problems.extend(found)
-        if node.stage.output == "checkpoint" and not found:
+        if node.stage.output == "adapter":
+            facts[name] = given  # of the checkpoint that it belongs to
+        elif node.stage.output == "checkpoint" and not found:
             facts[name] = node.stage.after(node.parameters, given)
     return problems
 

@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 # For the GNU C library, which others ignore: what a block needed goes back to the system when the block is done
 # instead of lying in pieces in the heap, while the activations of calibration (smaller than this) are not mapped anew
 # for each operation.
-_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
+_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 
 
 # Ends of a stage that the run has its own answers to.

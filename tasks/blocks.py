@@ -118,6 +118,11 @@ class StoredModel:
         return dtype
 
     @property
+    def packed(self) -> bool:
+        """Whether its weights have to be made of several stored tensors."""
+        return self.manifest.format != "dense" or self._adapter is not None
+
+    @property
     def tied(self) -> bool:
         return is_tied(self.config, self.manifest.tensors)
 
@@ -232,7 +237,7 @@ def run_blocks(
                 dense = _relative(dense, prefix)
                 statistics = gather_statistics(skeleton, index, dense, hidden, linears, statistic, run.stop_if_asked)
                 del dense
-            plain = stored if model.manifest.format == "dense" else model.unpack(stored, torch.float32)
+            plain = model.unpack(stored, torch.float32) if model.packed else stored
             block = Block(
                 index=index,
                 prefix=prefix,
@@ -256,7 +261,7 @@ def run_blocks(
         del block, statistics
         writer.add_tensors(result.tensors, prefix)
         writer.add_masks(result.masks, prefix)
-        kept = [name for name in stored if name not in result.replaced]
+        kept = [name for name in model.names(index) if name not in result.replaced]
         shared = kept if original is None else []
         writer.share(model.manifest, shared)
 

@@ -69,8 +69,11 @@ class ModelFacts:
 
 
 def facts_of(store: Store, checkpoint: Artifact) -> ModelFacts:
-    """The facts of a checkpoint in the store."""
+    """The facts of a checkpoint in the store; of an adapter, those of its checkpoint."""
     manifest = store.manifest(checkpoint)
+    if manifest.base is not None:
+        checkpoint = Artifact("checkpoint", manifest.base)
+        manifest = store.manifest(checkpoint)
     return ModelFacts(json.loads(store.read_file(checkpoint, "config.json")), manifest.format, bool(manifest.masks))
 
 
@@ -143,6 +146,8 @@ class Stage:
     def refusal(self, inputs: Mapping[str, Kind]) -> str | None:
         """Why it can't work on inputs of these kinds, by role; None if it can."""
         for role, kind in inputs.items():
+            if self.inputs.get(role) == "adapter" and kind != "adapter":
+                return f"{self.name} needs an adapter as '{role}', what adapt or compensate made"
             if kind == "adapter" and self.inputs.get(role) == "checkpoint" and "adapter" not in self.accepts:
                 return f"{self.name} can't take an adapter as '{role}'; name the checkpoint that the adapter belongs to"
         return None
@@ -212,7 +217,7 @@ def lookup(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[s
 def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Iterator[str]:
     """Why a stage can't do what it was asked with the model at hand: what planning may not have known of it."""
     model = inputs.get("model")
-    if model is None or model.kind != "checkpoint":
+    if model is None or model.kind not in ("checkpoint", "adapter"):
         return
     facts = facts_of(store, model)
     if (original := inputs.get("original")) and original.kind == "checkpoint":

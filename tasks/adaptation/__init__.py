@@ -1,6 +1,11 @@
-"""Adaptation: low-rank terms beside compressed weights, as adapters that PEFT loads.
+"""Adaptation: what compression lost is computed or learned back, in adapters that PEFT loads or in the weights.
 
 - `eora.py`          EoRA and plain SVD of what compression took away (maths)
 - `compensation.py`  the stages around them
+- `training.py`      the training loop: batches, schedule, journal
+- `network.py`       a whole model in memory whose linear layers are replaced by
+- `layers.py`        frozen, low-rank, masked low-rank and masked full ones
+- `lora_stage.py`    the stages lora, sparse-lora and full
+- `merging.py`       the stage that adds an adapter to its checkpoint's weights
 - `peft_format.py`   how an adapter's tensors and its configuration are written, and what they stand for
 """

@@ -157,7 +157,12 @@ def _compensate(
             original=dense,
             **calibrated(stored),
         )
-        writer.add_file(peft_format.CONFIG, json_file(peft_format.adapter_config(stored.family, parameters.rank)))
+        ranks = {
+            name.removesuffix(".weight"): parameters.rank
+            for index in range(stored.blocks)
+            for name in stored.linears(index)
+        }
+        writer.add_file(peft_format.CONFIG, json_file(peft_format.adapter_config(stored.family, stored.blocks, ranks)))
         return writer.publish(base=model.id)
 
 

@@ -44,12 +44,19 @@ def terms(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
     return found
 
 
-def adapter_config(family: Family, rank: int) -> dict[str, Any]:
-    """What goes into adapter_config.json: all linear layers of the blocks, of one rank and scale 1.
+def adapter_config(family: Family, blocks: int, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What goes into adapter_config.json for terms of these ranks, {layer's full name: rank}, and scale 1.
 
     base_model_name_or_path stays empty, since where the base will lie is the user's affair:
     `PeftModel.from_pretrained(base, folder)` is given it.
     """
+    rank = max(ranks.values())
+    others = {layer: other for layer, other in sorted(ranks.items()) if other != rank}
+    everywhere = [
+        linear.name
+        for linear in family.linears
+        if all(family.block_prefix(index) + linear.name in ranks for index in range(blocks))
+    ]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -60,5 +67,6 @@ def adapter_config(family: Family, rank: int) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted(linear.name for linear in family.linears),
+        "target_modules": sorted(everywhere if len(everywhere) * blocks == len(ranks) else ranks),
+        **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
     }
