@@ -372,7 +372,8 @@ class Builder:
                 if self.data[first][0].overlaps(self.data[second][0]):
                     self.problem(
                         f"{self.learned_from[second]} '{second}' and evaluation data '{first}' are drawn from the "
-                        "same text, so windows could be in both; give them different splits (split: train, split: test) or sources",
+                        "same text, so windows could be in both; give them different splits (split: train, split: test) "
+                        "or sources",
                         "data", first,
                     )  # fmt: skip
 

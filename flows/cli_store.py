@@ -70,10 +70,15 @@ def show(ref: str, store_url: str | None) -> None:
 @click.command()
 @click.argument("ref")
 @click.argument("folder", type=click.Path())
+@click.option(
+    "--format",
+    type=click.Choice(["compressed-tensors"]),
+    help="Convert a checkpoint that rtn, gptq or awq quantized; without it folders hold what is stored.",
+)
 @click.option("--check", is_flag=True, help="load it in a fresh process without coldpress, and compare logits")
 @store_option
 @answers_errors
-def export(ref: str, folder: str, check: bool, store_url: str | None) -> None:
+def export(ref: str, folder: str, format: str | None, check: bool, store_url: str | None) -> None:
     """Write a checkpoint as a plain Hugging Face folder, or an adapter as a folder for PEFT.
 
     With --check the exit status is 1 if the logits differ.
@@ -82,14 +87,19 @@ def export(ref: str, folder: str, check: bool, store_url: str | None) -> None:
 
     store = open_store(store_url)
     artifact = store.resolve(ref)
-    for name in write(store, artifact, folder):
+    contents = None
+    if format is not None:
+        from ..tasks.quantization.compressed_tensors_format import contents as converted
+
+        contents = converted(store, artifact)
+    for name in write(store, artifact, folder, contents):
         click.echo(os.path.join(folder, name))
     if base := store.manifest(artifact).base:
         click.echo(f"the adapter of checkpoint {base[:12]}; export that too, to load them together", err=True)
     if check:
         from ..tasks.evaluation.exported import check_export
 
-        found = check_export(store, artifact, os.path.abspath(folder))
+        found = check_export(store, artifact, os.path.abspath(folder), format)
         click.echo(
             f"loaded without coldpress: logits {'agree' if found.agrees else 'DIFFER'}, by {found.difference:.4f} on "
             f"average (their standard deviation is {found.deviation:.2f}); the most likely next token is the same for "

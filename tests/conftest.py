@@ -293,12 +293,18 @@ def read_tensors(store: Store) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def export_folder(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`export_folder(artifact)`: the artifact as a Hugging Face folder."""
+    """`export_folder(artifact)`: the artifact as a Hugging Face folder; `format="compressed-tensors"` converts it."""
     from coldpress.storage.export import export
 
-    def write(artifact: Artifact, on: Store | None = None) -> str:
+    def write(artifact: Artifact, on: Store | None = None, format: str | None = None) -> str:
         folder = str(tmp_path_factory.mktemp("exported") / "model")
-        assert list(export(on or store, artifact, folder))
+        contents = None
+        if format is not None:
+            from coldpress.tasks.quantization import compressed_tensors_format
+
+            assert format == compressed_tensors_format.NAME
+            contents = compressed_tensors_format.contents(on or store, artifact)
+        assert list(export(on or store, artifact, folder, contents))
         return folder
 
     return write

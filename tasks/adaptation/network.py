@@ -118,7 +118,7 @@ class Network:
         return self.over_tokens(_cross_entropy, features, windows[:, 1:][counted])
 
     def over_tokens(self, loss: Callable[..., Tensor], features: Tensor, *others: Tensor) -> Tensor:
-        """The sum of `loss(logits, *others)` over tokens [tokens, features]; their logits are never there all at once."""
+        """The sum of `loss(logits, *others)` over tokens [tokens, features]; few logits are in memory at a time."""
         total = torch.zeros((), device=features.device)
         chunks = (tensor.split(HEAD_CHUNK) for tensor in (features, *others))
         for part, *rest in zip(*chunks, strict=True):

@@ -22,6 +22,8 @@ LENGTH = 64
 # Of the logits' standard deviation: other kernels round elsewhere, and int8 models round activations too.
 TOLERANCE = {"dense": 0.01}
 PACKED_TOLERANCE = 0.1
+# What loads a format, where `transformers` alone does not; the names of our extras too.
+PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed-tensors"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,22 @@ class Agreement:
         return self.difference <= self.tolerance * self.deviation
 
 
-def check_export(store: Store, artifact: Artifact, folder: str, device: str = "cpu") -> Agreement:
-    """Compare the folder that `artifact` was exported to with the artifact. Raises StageError when it does not load."""
+def check_export(
+    store: Store, artifact: Artifact, folder: str, format: str | None = None, device: str = "cpu"
+) -> Agreement:
+    """Compare the folder that `artifact` was exported to with the artifact. Raises StageError when it does not load.
+
+    format: of the folder, where it is not the checkpoint's own.
+    """
     from safetensors.torch import load_file, save_file
 
-    format = store.manifest(artifact).format
+    format = format or store.manifest(artifact).format
     if artifact.kind != "checkpoint":
         raise StageError("only exported checkpoints can be checked; an adapter is loaded beside its checkpoint")
-    if format in ("gptq", "awq") and find_spec("gptqmodel") is None:
+    package = PACKAGES.get(format)
+    if package is not None and find_spec(package.replace("-", "_")) is None:
         raise StageError(
-            f"a checkpoint in the format {format} is loaded by GPTQModel: pip install 'coldpress[gptqmodel]'"
+            f"a folder in the format {format} is loaded with {package}: pip install 'coldpress[{package}]'"
         )
     here = _logits(store, artifact, device)
     with tempfile.TemporaryDirectory(prefix="coldpress-check-") as temporary:

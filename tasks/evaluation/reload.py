@@ -26,7 +26,13 @@ def main(folder: str, format: str, given: str, target: str) -> None:
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        settings = {}
+        if format == "compressed-tensors":
+            from transformers import CompressedTensorsConfig
+
+            # Unpacked while they are read: layers kept packed have no room for packed zero points in version 0.20.
+            settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
     assert "coldpress" not in {name.split(".")[0] for name in sys.modules}
     with torch.no_grad():
         logits = model.eval()(window[None].to(model.device), use_cache=False).logits[0]

@@ -38,7 +38,7 @@ def unpack_all(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
         module, _, part = name.rpartition(".")
         if part != "qweight":
             continue
-        codes, zeros = (_unpack_columns(tensors[f"{module}.{one}"].to(device)) for one in ("qweight", "qzeros"))
+        codes, zeros = (unpack_columns(tensors[f"{module}.{one}"].to(device)) for one in ("qweight", "qzeros"))
         scales = tensors[f"{module}.scales"].to(device).float()
         group = torch.arange(len(codes), device=codes.device) // (len(codes) // len(scales))
         weight = (codes.to(torch.int32) - zeros.to(torch.int32)[group]).float() * scales[group]
@@ -64,7 +64,7 @@ def _pack_columns(codes: Tensor) -> Tensor:
     return pack_rows(codes.reshape(rows, -1, 8)[:, :, ORDER].reshape(rows, columns).T, BITS).T.contiguous()
 
 
-def _unpack_columns(packed: Tensor) -> Tensor:
+def unpack_columns(packed: Tensor) -> Tensor:
     """The inverse of `_pack_columns`: uint8 [n, m]."""
     codes = unpack_rows(packed.T, BITS).T
     back = sorted(range(8), key=ORDER.__getitem__)

@@ -117,6 +117,20 @@ def test_ls_show_export_verify_and_du_work_on_a_store(
     assert "tiny/pruned" in damaged.stdout
 
 
+def test_a_quantized_checkpoint_is_exported_in_another_format_and_a_pruned_one_refused(
+    call: Callable[..., Result], pruned: Artifact, run_stage: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    quantized = run_stage("quantize/rtn", {"model": pruned}, group_size=32)
+    asked = "--format", "compressed-tensors"
+    assert call("export", quantized.short, str(tmp_path / "out"), *asked).exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    refused = call("export", "tiny/pruned", str(tmp_path / "none"), *asked)
+    assert refused.exit_code == 2
+    assert "has no format for pruned dense weights" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_exported_adapter_says_which_checkpoint_to_export_with_it(
     call: Callable[..., Result],
     pruned: Artifact,

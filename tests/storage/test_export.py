@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from coldpress.storage.artifacts import Artifact, ArtifactWriter
 from coldpress.storage.errors import DamagedBlob, StoreError
-from coldpress.storage.export import export, export_bytes, shards
+from coldpress.storage.export import as_stored, export, export_bytes, shards
 from coldpress.storage.store import Store, blob_path
 from sabotage import flip
 from samples import CONFIG, Tensors, block, large, publish, random_tensor, same
@@ -115,7 +115,7 @@ def test_a_large_model_is_exported_in_shards_with_an_index(
 def test_shards_stay_within_the_limit_unless_one_tensor_is_larger(
     store: Store, artifact: Artifact, tensors: Tensors, limit: int
 ) -> None:
-    layout = shards(store.manifest(artifact), limit)
+    layout = shards(as_stored(store.manifest(artifact)), limit)
     assert sorted(name for names in layout.values() for name in names) == sorted(tensors)
     assert all(len(names) == 1 or sum(tensors[name].nbytes for name in names) <= limit for names in layout.values())
 

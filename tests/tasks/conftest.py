@@ -87,9 +87,11 @@ def load_elsewhere(
 ) -> Callable[..., dict[str, Loaded]]:
     """`load_elsewhere(script, windows, {name: model})`: what a fresh process finds in the models' exports."""
 
-    def load(script: str, windows: Tensor, models: dict[str, Artifact], on: Store | None = None) -> dict[str, Loaded]:
+    def load(
+        script: str, windows: Tensor, models: dict[str, Artifact], on: Store | None = None, format: str | None = None
+    ) -> dict[str, Loaded]:
         save_file({"windows": windows.contiguous()}, tmp_path / "windows.safetensors")
-        fresh_process(script, str(tmp_path), *(export_folder(model, on) for model in models.values()))
+        fresh_process(script, str(tmp_path), *(export_folder(model, on, format) for model in models.values()))
         errors = json.loads((tmp_path / "errors.json").read_text())
         assert {name: errors[str(number)] for number, name in enumerate(models) if str(number) in errors} == {}
         found = {}

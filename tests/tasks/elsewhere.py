@@ -59,6 +59,14 @@ AWQ = LOAD.format(
             parts = module.qweight, module.qzeros, module.scales, module.bits, module.group_size
             results[name] = dequantize_gemm(*parts).T.float()""",
 )
+# Unpacked while they are read, in the scales' float16.
+COMPRESSED_TENSORS = LOAD.format(
+    imports="from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
+    load="""config = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()""",
+    weight="""if isinstance(module, torch.nn.Linear):
+            results[name] = module.weight.detach().float()""",
+)
 # Adapters belong to the checkpoint before them. Where GPTQModel is installed PEFT asks for optimum too, whatever the
 # model; so here it is not.
 PEFT = LOAD.format(

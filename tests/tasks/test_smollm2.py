@@ -14,7 +14,7 @@ import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
 from coldpress.tasks.sources.locate import locate
-from elsewhere import GPTQMODEL, TRANSFORMERS, Loaded
+from elsewhere import COMPRESSED_TENSORS, GPTQMODEL, TRANSFORMERS, Loaded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -164,6 +164,25 @@ def test_a_gptq_export_loads_in_gptqmodel_and_agrees(
     assert found.weights.keys() == expected.keys()
     for layer, weight in expected.items():  # GPTQModel computes in float16
         torch.testing.assert_close(found.weights[layer], weight, rtol=2**-10, atol=1e-6)
+    assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(perplexity(quantized, held_out), rel=0.005)
+
+
+def test_a_compressed_tensors_export_loads_in_transformers_and_agrees(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    held_out: Artifact,
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+    dense_weights: Callable[..., dict[str, Tensor]],
+    load_elsewhere: Callable[..., dict[str, Loaded]],
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    quantized = stage("quantize/rtn", {"model": base}, group_size=64, symmetric=False)
+    models = {"rtn": quantized}
+    found = load_elsewhere(COMPRESSED_TENSORS, ids(held_out), models, shared_store, "compressed-tensors")["rtn"]
+    expected = dense_weights(quantized, shared_store)
+    assert all(torch.equal(found.weights[layer], weight.half().float()) for layer, weight in expected.items())
     assert perplexity_of(found.logits, ids(held_out)) == pytest.approx(perplexity(quantized, held_out), rel=0.005)
 
 
