@@ -371,9 +371,9 @@ class Builder:
             for second in self.learned_from.keys() & self.data.keys():
                 if self.data[first][0].overlaps(self.data[second][0]):
                     self.problem(
-                        f"{self.learned_from[second]} '{second}' and evaluation data '{first}' are drawn from the "
-                        "same text, so windows could be in both; give them different splits (split: train, split: test) "
-                        "or sources",
+                        f"{self.learned_from[second]} '{second}' and evaluation data '{first}' are drawn from the same "
+                        "text, so windows could be in both; give them different splits (split: train, split: test) or "
+                        "sources",
                         "data", first,
                     )  # fmt: skip
 
