@@ -155,9 +155,14 @@ class _Search:
                 head = self._record(path)
                 self._mark_inputs(head["preimage"]["inputs"])
                 for step in head["steps"]:
-                    self._blobs.update(step.get("blobs", {}))
+                    self._mark_step(step)
             elif "/steps/" in path:
-                self._blobs.update(self._record(path).get("blobs", {}))
+                self._mark_step(self._record(path))
+
+    def _mark_step(self, step: dict[str, Any]) -> None:
+        self._blobs.update(step.get("blobs", {}))
+        for artifact in step.get("artifacts", []):
+            self._mark_artifact(artifact)
 
     def _mark_inputs(self, inputs: dict[str, str]) -> None:
         for artifact in inputs.values():

@@ -66,7 +66,9 @@ class Journal:
         }
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        """Add a finished step. Blobs that the record names must have been written before. Raises LeaseLost."""
+        """Add a finished step. What the record names under "blobs" (with sizes) and "artifacts" (ids) must have been
+        written before, and is kept as long as the journal. Raises LeaseLost.
+        """
         self._begin()  # also syncs: what the record names survives a power cut before the record does
         self._files.replace(f"{self._folder}/steps/{len(self.steps):05}", [seal(dict(record))])
         self._files.sync()
@@ -127,7 +129,7 @@ class Journal:
             return _NOTHING
         steps: list[dict[str, Any]] = []
         for step in (*head["steps"], *self._own_steps(folder, len(head["steps"]))):
-            if self._store.missing_blobs(step.get("blobs", {})):
+            if self._store.missing_blobs(step.get("blobs", {})) or not self._holds_all(step):
                 break
             steps.append(step)
         try:
@@ -135,6 +137,9 @@ class Journal:
         except (FileNotFoundError, DamagedBlob):
             state = head["state"]
         return _Earlier(folder, steps, state, head["attempts"])
+
+    def _holds_all(self, step: Mapping[str, Any]) -> bool:
+        return all(self._store.holds(artifact) for artifact in step.get("artifacts", []))
 
     def _own_steps(self, folder: str, first: int) -> Iterator[dict[str, Any]]:
         try:

@@ -168,7 +168,7 @@ class Store:
             raise DamagedBlob(f"the manifest of artifact {artifact_id} in {self.url} is damaged")
         return Manifest.from_json(json.loads(bytes(data)))
 
-    def holds(self, artifact: Artifact) -> bool:
+    def holds(self, artifact: Artifact | str) -> bool:
         """Whether the artifact's manifest is whole and all its blobs are there in full length."""
         try:
             manifest = self.manifest(artifact)

@@ -273,6 +273,22 @@ def compute(
     return action
 
 
+def obtain(run: Run, name: str, inputs: Mapping[str, Artifact], **settings: Any) -> Artifact:
+    """The result of another stage that a running one needs: from the store, or computed now and recorded there.
+
+    What that stage derives is obtained, too; it gets those of the inputs that it takes.
+    """
+    entry = CATALOGUE[name]
+    parameters = entry.parameters(**settings)
+    taken = {role: artifact for role, artifact in inputs.items() if role in entry.inputs}
+    for role, (asked, further) in entry.derived(parameters).items():
+        taken[role] = obtain(run, asked, inputs, **further)
+    for role in entry.passed_on:
+        taken.pop(role, None)
+    found = lookup(run.store, entry, parameters, taken)
+    return (found or compute(replace(run, notes={}), entry, parameters, taken)).artifact
+
+
 class PeakMemory:
     """Peak memory since construction: resident bytes of this process, and on CUDA bytes allocated and reserved."""
 

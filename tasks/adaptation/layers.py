@@ -62,31 +62,52 @@ class MaskedLora(Lora):
 
     Huang et al. 2025 (LoSA), arXiv:2501.07668. The weights are put together for each pass, and only the gradient of
     their sum is as large as they are. With dropout, which the inputs of W do not get, they need a product each.
-    mask: bool [out_features, in_features], True where W was kept.
+    mask: bool [out_features, in_features], True where W was kept. start: A and B to begin with, whose term W has
+    already: what is added is the difference to it.
     """
 
     def __init__(
-        self, frozen: Frozen, mask: Tensor, shape: tuple[int, int], rank: int, scale: float, dropout: float
+        self,
+        frozen: Frozen,
+        mask: Tensor,
+        shape: tuple[int, int],
+        rank: int,
+        scale: float,
+        dropout: float,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(frozen, shape, rank, scale, dropout)
-        self.register_buffer("mask", mask, persistent=False)
         self.mask: Tensor
+        self.register_buffer("mask", mask, persistent=False)
+        self.start_a: Tensor | None
+        self.start_b: Tensor | None
+        self.register_buffer("start_a", None if start is None else start[0].clone(), persistent=False)
+        self.register_buffer("start_b", None if start is None else start[1].clone(), persistent=False)
+        if start is not None:
+            with torch.no_grad():
+                self.a.copy_(start[0])
+                self.b.copy_(start[1])
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight, bias = self.frozen.weight_of, self.frozen.bias_value
+        a, b = self._difference()
         if self.dropout == 0:
-            whole: Tensor = _MaskedLinear.apply(inputs, self.a, self.b, weight, self.mask, self.scale, bias)
+            whole: Tensor = _MaskedLinear.apply(inputs, a, b, weight, self.mask, self.scale, bias)
             return whole
-        term: Tensor = _MaskedLinear.apply(
-            dropout(inputs, self.dropout), self.a, self.b, None, self.mask, self.scale, None
-        )
+        term: Tensor = _MaskedLinear.apply(dropout(inputs, self.dropout), a, b, None, self.mask, self.scale, None)
         result: Tensor = self.frozen(inputs) + term
         return result
+
+    def _difference(self) -> tuple[Tensor, Tensor]:
+        """Factors of B A without what W has of it."""
+        if self.start_a is None or self.start_b is None:
+            return self.a, self.b
+        return torch.cat([self.a, self.start_a]), torch.cat([self.b, -self.start_b], 1)
 
     def merged(self) -> Tensor:
         """The weight with what was learned, float32 [out_features, in_features]; exactly zero where it was pruned."""
         with torch.no_grad():
-            return _with_term(self.frozen.weight_of(), self.a, self.b, self.mask, self.scale)
+            return _with_term(self.frozen.weight_of(), *self._difference(), self.mask, self.scale)
 
 
 class MaskedWeight(nn.Module):

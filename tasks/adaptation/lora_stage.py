@@ -109,7 +109,7 @@ def lora(run: Run, parameters: LoraParameters, model: Artifact, data: Artifact) 
         wanted = modules_named(stored.config, parameters.modules)
 
         def make(name: str, frozen: Frozen, shape: tuple[int, int], mask: Tensor | None) -> nn.Module:
-            if _relative(stored, name) not in wanted:
+            if relative(stored, name) not in wanted:
                 return frozen
             return Lora(frozen, shape, parameters.rank, parameters.alpha / parameters.rank, parameters.dropout)
 
@@ -140,7 +140,7 @@ def sparse_lora(run: Run, parameters: LoraParameters, model: Artifact, data: Art
         def make(name: str, frozen: Frozen, shape: tuple[int, int], mask: Tensor | None) -> nn.Module:
             import torch
 
-            if _relative(stored, name) not in wanted:
+            if relative(stored, name) not in wanted:
                 return frozen
             whole = torch.ones(shape, dtype=torch.bool) if mask is None else mask
             return MaskedLora(frozen, whole, shape, parameters.rank, scale, parameters.dropout)
@@ -202,7 +202,7 @@ def note_training(run: Run, parameters: TrainingParameters, losses: list[float],
     run.note("training", {**note, "windows": len(losses) * parameters.batch_size})
 
 
-def _relative(stored: StoredModel, weight: str) -> str:
+def relative(stored: StoredModel, weight: str) -> str:
     """A layer's name within its block."""
     index = stored.family.block_of(weight)
     assert index is not None

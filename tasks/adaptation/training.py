@@ -97,6 +97,7 @@ def train(
     phase: int = 0,
     what: str = "training",
     memory: Mapping[str, Tensor] | None = None,
+    save_at_end: bool = False,
     before_update: Callable[[int], None] = lambda step: None,
     after_update: Callable[[int, float], None] = lambda step, rate: None,
 ) -> list[float]:
@@ -104,7 +105,8 @@ def train(
 
     loss: of token ids [windows, length] and what counts of them [windows, length - 1], summed over what counts.
     phase: tells several trainings of one stage apart in its journal. memory: further tensors that the two functions
-    change in place; they are kept with the rest. before_update: called with gradients complete; after_update:
+    change in place; they are kept with the rest. save_at_end: whether the
+    stage goes on after this training. before_update: called with gradients complete; after_update:
     called with the weights changed, with the step's learning rate.
     """
     journal = run.journal
@@ -151,7 +153,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         after_update(step, rate)
         run.progress(f"{what}, loss {losses[-1]:.3f}", step + 1, steps)
-        if run.stop_asked() or (saving.due() and step + 1 < steps):
+        last = step + 1 == steps
+        if run.stop_asked() or (save_at_end if last else saving.due()):
             save()
         run.stop_if_asked()
     return losses
