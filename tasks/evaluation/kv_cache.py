@@ -1,7 +1,7 @@
 """KIVI's quantization of cached keys and values, and the attention of a decoder that reads such a cache.
 
-Liu et al. 2024, arXiv:2402.02750: asymmetric codes between a group's least and largest value; of keys (after rotary
-positions) a group is some tokens in a row of one channel, of values some channels in a row of one token. The last tokens
+Liu et al. 2024, arXiv:2402.02750: asymmetric codes between a group's least and largest value. A group is, of keys
+(after rotary positions), tokens in a row of one channel; of values, channels in a row of one token. The last tokens
 stay in full precision. Pure functions over tensors; the cache itself is in packed_cache.py.
 """
 
@@ -70,13 +70,13 @@ def decoding_attention(
 ) -> Tensor:
     """Causal attention as token-by-token decoding with the cache computes it, for all tokens of some windows together.
 
-    When token t (from 0) is decoded, the cache holds those before it: keys of whole runs of `residual` tokens are
-    quantized, so key j is if j < t // residual * residual; values are but for the last `residual` ones, so value j is if
-    j < t - residual. Token t's own are never.
+    When token t (from 0) is decoded, the cache holds those before it. Keys are quantized in whole runs of `residual`
+    tokens: key j is if j < t // residual * residual. Values are but for the last `residual` ones: value j is if
+    j < t - residual. Token t's own never are.
 
-    query: [windows, heads, length, head_dim]; key, value: [windows, key-value heads, length, head_dim], each of which is
-    read by heads / key-value heads of the queries. scaling: multiplies scores; softcap: scores s become
-    softcap * tanh(s / softcap). Returns [windows, heads, length, head_dim].
+    query: [windows, heads, length, head_dim]; key, value: [windows, key-value heads, length, head_dim], each read by
+    heads / key-value heads of the queries. scaling multiplies scores; with softcap c scores s become c * tanh(s / c).
+    Returns [windows, heads, length, head_dim].
     """
     length, shared = query.shape[2], query.shape[1] // key.shape[1]
     whole = length // residual * residual

@@ -6,7 +6,7 @@ of a `Skeleton` the attention that decoding with it has, and weighs the cache of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -51,14 +51,13 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, bits: int, group_size: int, residual: int) -> None:
         super().__init__()
-        self.settings = (bits, group_size)
         self.residual = residual
+        self.old_keys = PackedStates(bits, group_size, dim=-1)  # [windows, heads, head_dim, tokens]
+        self.old_values = PackedStates(bits, group_size, dim=-2)  # [windows, heads, tokens, head_dim]
+        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (states[:, :, :0].clone() for states in (key_states, value_states))
-        self.old_keys = PackedStates(*self.settings, dim=-1)  # [windows, heads, head_dim, tokens]
-        self.old_values = PackedStates(*self.settings, dim=-2)  # [windows, heads, tokens, head_dim]
-        self.length = 0
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -67,6 +66,8 @@ class PackedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = torch.cat((self.keys, key_states), -2), torch.cat((self.values, value_states), -2)
         seen_keys, seen_values = keys, values
         if self.old_keys.tensors:
@@ -87,7 +88,7 @@ class PackedLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length if self.is_initialized else 0
+        return self.length
 
     def get_max_length(self) -> int:
         return -1
@@ -95,14 +96,15 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self.keys = self.values = None
+        self.old_keys.tensors, self.old_values.tensors = [], []
+        self.length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("a packed cache can't be reordered: decode without beam search")
 
     def nbytes(self) -> int:
         """Bytes of the tensors it holds."""
-        assert self.keys is not None and self.values is not None
-        return held_bytes([self.keys, self.values, *self.old_keys.tensors, *self.old_values.tensors])
+        return held_bytes(self.keys, self.values, *self.old_keys.tensors, *self.old_values.tensors)
 
 
 def packed_cache(bits: int, group_size: int, residual: int) -> Cache:
@@ -110,9 +112,9 @@ def packed_cache(bits: int, group_size: int, residual: int) -> Cache:
     return Cache(layer_class_to_replicate=partial(PackedLayer, bits, group_size, residual))  # type: ignore[arg-type]
 
 
-def held_bytes(tensors: Iterable[Tensor]) -> int:
+def held_bytes(*tensors: Tensor | None) -> int:
     """Bytes of memory behind tensors, of which no two share any."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
 class CachedAttention:
@@ -149,7 +151,7 @@ class CachedAttention:
                 layer.update(key[:1], value[:1])
             self._weighed = {
                 "kv_cache_bytes": packed.nbytes(),
-                "kv_cache_bytes_in_full": held_bytes([full.keys, full.values]),
+                "kv_cache_bytes_in_full": held_bytes(full.keys, full.values),
             }
         return decoding_attention(query, key, value, scaling=scaling, softcap=softcap, **self.settings)
 

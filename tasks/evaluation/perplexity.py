@@ -30,7 +30,10 @@ class KvCache(BaseModel):
 
     bits: Literal[2, 4, 8] = Field(description="bits of a cached key's or value's element")
     group_size: int = Field(
-        32, ge=8, multiple_of=8, description="what shares a scale: so many tokens of a key's channel, channels of a value"
+        32,
+        ge=8,
+        multiple_of=8,
+        description="what shares a scale: so many tokens of a key's channel, channels of a value",
     )
     residual: int = Field(
         128, ge=8, description="tokens in full precision: values of the last ones, keys until there are so many"
@@ -40,8 +43,8 @@ class KvCache(BaseModel):
     def _whole_groups(self) -> KvCache:
         if self.residual % self.group_size:
             raise ValueError(
-                f"residual {self.residual} is no multiple of group_size {self.group_size}, and so many keys are quantized "
-                f"at once; {-(-self.residual // self.group_size) * self.group_size} would be"
+                f"kv_cache: residual {self.residual} is no multiple of group_size {self.group_size}, and so many keys "
+                f"are quantized at once; {-(-self.residual // self.group_size) * self.group_size} would be one"
             )
         return self
 
