@@ -120,7 +120,7 @@ def print_results(document: Mapping[str, Any]) -> None:
 
     table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
     for column in columns(document):
-        table.add_column(column.title, justify=column.justify)  # type: ignore[arg-type]
+        table.add_column(column.title, justify=column.justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows(document):
         table.add_row(*(escape(cell) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Queries whose scores are held at once: 32 heads x 256 x 4,096 keys x 4 bytes = 0.13 GB.
+# Queries whose scores are held at once: 32 heads x 256 x 4,096 keys x 4 bytes = 0.13 GB, a few times.
 QUERY_CHUNK = 256
 
 
