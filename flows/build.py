@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..tasks.sources.texts import PYTHON_DOCS
 from ..tasks.stage import CATALOGUE, Parameters, Stage
 from .document import Document, Path, Problem
 from .expand import Instance, expand_matrix, join_instances
+from .mistakes import sentence
 from .recipe import Node
 
 SECTIONS = ("name", "model", "models", "data", "stages", "evaluate")
@@ -124,24 +125,9 @@ class Builder:
         try:
             return stage.parameters.model_validate(dict(values))
         except ValidationError as error:
-            fields = list(stage.parameters.model_fields)
             for detail in error.errors():
-                key = str(detail["loc"][0]) if detail["loc"] else None
-                where = (*path, key) if key else path
-                match detail["type"]:
-                    case "extra_forbidden":
-                        known = [*fields, *stage.inputs]
-                        message = f"{label} has no parameter '{key}'; {did_you_mean(str(key), known)}"
-                    case "missing":
-                        message = f"{label} needs '{key}': {stage.parameters.model_fields[str(key)].description}"
-                    case "value_error":
-                        message = f"{label}: {detail['ctx']['error']}"
-                    case _:
-                        given = detail["input"]
-                        message = f"{label}: {key} is {given!r}, but {_lower(detail['msg'])}"
-                        description = stage.parameters.model_fields[str(key)].description if key in fields else None
-                        message += f" ({key}: {description})" if description else ""
-                self.problem(message, *where)
+                where = (*path, str(detail["loc"][0])) if detail["loc"] else path
+                self.problem(sentence(stage, label, detail), *where)
             return None
 
     def _stages(self) -> None:
@@ -308,14 +294,11 @@ class Builder:
                 "'evaluate' must be a mapping, like {variants: [base], perplexity: {data: held_out}}", "evaluate"
             )
             return
-        known = methods("evaluate")
-        for key in section:
-            if key != "variants" and key not in known:
-                self.problem(f"unknown evaluation '{key}'; {did_you_mean(key, known)}", "evaluate", key)
         variants = section.get("variants", list(self.instances))
         if not isinstance(variants, list):
             self.problem("variants must be a list of models and stages: [base, pruned]", "evaluate", "variants")
             return
+        measurements = list(self._measurements(section, variants))
         for index, variant in enumerate(variants):
             path = ("evaluate", "variants", index)
             if not self.instances.get(str(variant)):
@@ -329,36 +312,60 @@ class Builder:
             for instance in self.instances[str(variant)]:
                 if self.nodes[instance.name].stage.output in ("checkpoint", "adapter"):
                     self.variants.append(instance.name)
-                    self.evaluations[instance.name] = tuple(self._evaluate(instance.name, section))
+                    asked = [one for one in measurements if variant in one.variants]
+                    self.evaluations[instance.name] = tuple(self._evaluate(instance.name, asked))
         self._check_overlap(section)
 
-    def _evaluate(self, variant: str, section: Mapping[str, Any]) -> Iterator[str]:
-        settings = {"size": {}, **{key: value for key, value in section.items() if key in methods("evaluate")}}
-        for method, entry in settings.items():
-            stage = CATALOGUE[f"evaluate/{method}"]
-            path: Path = ("evaluate", method)
-            if not isinstance(entry, dict):
-                self.problem(f"evaluation '{method}' must be a mapping, like {{data: held_out}}", *path)
+    def _measurements(self, section: Mapping[str, Any], variants: list[Any]) -> Iterator[Measurement]:
+        """What is to be measured: the size, and what the section says. An entry whose name is no method's names one."""
+        known = methods("evaluate")
+        if "size" not in section:
+            yield Measurement("size", CATALOGUE["evaluate/size"], {}, variants)
+        for name, entry in section.items():
+            path: Path = ("evaluate", name)
+            named = name not in known and isinstance(entry, dict) and "method" in entry
+            method = entry["method"] if named else name
+            if name == "variants":
                 continue
-            inputs = {"model": variant}
+            if method not in known:
+                label = f"evaluation '{name}': unknown method" if named else "unknown evaluation"
+                self.problem(f"{label} '{method}'; {did_you_mean(str(method), known)}", *path)
+            elif not isinstance(entry, dict):
+                self.problem(f"evaluation '{name}' must be a mapping, like {{data: held_out}}", *path)
+            elif not _NAME.fullmatch(name):
+                self.problem(f"'{name}' is no name: use letters, digits, '-', '_' and '.'", *path)
+            elif not isinstance(own := entry.get("variants", variants), list) or any(
+                one not in variants for one in own
+            ):
+                self.problem(f"evaluation '{name}': its variants must be a list of the recipe's", *path, "variants")
+            else:
+                ours = ("variants", "method") if named else ("variants",)
+                settings = {key: value for key, value in entry.items() if key not in ours}
+                yield Measurement(name, CATALOGUE[f"evaluate/{method}"], settings, own)
+
+    def _evaluate(self, instance: str, measurements: Sequence[Measurement]) -> Iterator[str]:
+        for measurement in measurements:
+            stage, entry, label = measurement.stage, measurement.settings, f"evaluation '{measurement.name}'"
+            path: Path = ("evaluate", measurement.name)
+            inputs = {"model": instance}
             complete = True
             for role, kind in stage.inputs.items():
                 if kind == "tokens":
                     if str(entry.get(role)) in self.data:
-                        inputs[role] = self._tokens(entry[role], self.nodes[variant].root)
+                        inputs[role] = self._tokens(entry[role], self.nodes[instance].root)
                     else:
                         complete = False
                         if str(entry.get(role)) not in self.broken:
                             self.problem(
-                                f"evaluation '{method}' needs '{role}', an entry under 'data'; "
+                                f"{label} needs '{role}', an entry under 'data'; "
                                 f"{did_you_mean(str(entry.get(role)), sorted(self.data))}", *path, role,
                             )  # fmt: skip
             values = {key: value for key, value in entry.items() if key not in stage.inputs}
-            parameters = self.parameters(stage, values, path, f"evaluation '{method}'")
+            parameters = self.parameters(stage, values, path, label)
             if complete and parameters is not None:
-                name = f"{variant}/{method}"
+                name = f"{instance}/{measurement.name}"
                 line = self.document.line(*path)
-                self.nodes[name] = Node(name, stage, parameters, inputs, line, self.nodes[variant].root)
+                self.nodes[name] = Node(name, stage, parameters, inputs, line, self.nodes[instance].root)
                 yield name
 
     def _check_overlap(self, section: Mapping[str, Any]) -> None:
@@ -376,6 +383,16 @@ class Builder:
                         "sources",
                         "data", first,
                     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An entry under 'evaluate': its name, stage, settings (names of data among them), and the variants it is of."""
+
+    name: str
+    stage: Stage
+    settings: Mapping[str, Any]
+    variants: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -404,7 +421,3 @@ def _cycle(start: str, section: Mapping[str, Any]) -> list[str] | None:
         if not isinstance(following, str) or following in trail:
             return None
         trail.append(following)
-
-
-def _lower(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]

@@ -40,7 +40,10 @@ class StageResult:
 
 @dataclass
 class RunResult:
-    """All that a run did. metrics: variant -> metric -> value. stopped_by: the signal that asked it to stop."""
+    """All that a run did. stopped_by: the signal that asked it to stop.
+
+    metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
+    """
 
     run: str
     recipe: str

@@ -80,13 +80,14 @@ def run_recipe(
 
 def _collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
     for variant in recipe.variants:
-        values: dict[str, Any] = {}
+        result.metrics[variant] = {}
         for name in recipe.evaluations.get(variant, ()):
             artifact = result.stages[name].artifact
             if artifact is not None:
                 found = json.loads(store.read_file(artifact, "metrics.json"))
-                values.update({key: value for key, value in found.items() if not isinstance(value, list)})
-        result.metrics[variant] = values
+                values = {key: value for key, value in found.items() if not isinstance(value, list)}
+                usual = name == f"{variant}/{recipe.node(name).stage.method}"
+                result.metrics.setdefault(variant if usual else name, {}).update(values)
 
 
 def _run_on_prefect(

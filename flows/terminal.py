@@ -116,11 +116,11 @@ class Terminal:
 
 def print_results(document: Mapping[str, Any]) -> None:
     """The table of `run`, on standard output; `document` is that of `run --json`, with the report's path."""
-    from ..tasks.reporting.report import COLUMNS, rows
+    from ..tasks.reporting.report import columns, rows
 
     table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column.title, justify=column.justify)  # type: ignore[arg-type]
+    for column in columns(document):
+        table.add_column(column.title, justify=column.justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows(document):
         table.add_row(*(escape(cell) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else 120)

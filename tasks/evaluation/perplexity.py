@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactWriter
+from ..architectures import widths
 from ..formats import FORMATS
-from ..stage import Parameters, Run, StageError, json_file, stage
+from ..stage import ModelFacts, Parameters, Run, StageError, json_file, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -20,6 +21,32 @@ if TYPE_CHECKING:
 
 # Positions whose logits are held at once: 512 x 150,000 words x 4 bytes = 0.3 GB.
 HEAD_CHUNK = 512
+
+
+class KvCache(BaseModel):
+    """How keys and values are cached while decoding: KIVI, Liu et al. 2024, arXiv:2402.02750."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[2, 4, 8] = Field(description="bits of a cached key's or value's element")
+    group_size: int = Field(
+        32,
+        ge=8,
+        multiple_of=8,
+        description="what shares a scale: so many tokens of a key's channel, channels of a value",
+    )
+    residual: int = Field(
+        128, ge=8, description="tokens in full precision: values of the last ones, keys until there are so many"
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> KvCache:
+        if self.residual % self.group_size:
+            raise ValueError(
+                f"kv_cache: residual {self.residual} is no multiple of group_size {self.group_size}, and so many keys "
+                f"are quantized at once; {-(-self.residual // self.group_size) * self.group_size} would be one"
+            )
+        return self
 
 
 class PerplexityParameters(Parameters):
@@ -32,12 +59,30 @@ class PerplexityParameters(Parameters):
         "full",
         description="int8: models in LLM.int8() round layers' inputs as bitsandbytes does; needs 'dtype: float32'",
     )
+    kv_cache: KvCache | None = Field(
+        None,
+        description="measure decoding with keys and values quantized as KIVI does, and the cache's size: "
+        "{bits: 2, 4 or 8, group_size: 32, residual: 128}",
+    )
 
     @model_validator(mode="after")
     def _precise_enough(self) -> PerplexityParameters:
         if self.activations == "int8" and self.dtype != "float32":
             raise ValueError("'activations: int8' needs 'dtype: float32'; others would round inputs once more")
         return self
+
+
+def check_cache(parameters: PerplexityParameters, facts: ModelFacts) -> Iterator[str]:
+    """Groups of values must fill their heads, and tokens be decoded one after the other."""
+    cache = parameters.kv_cache
+    if cache is None:
+        return
+    if facts.config.get("use_bidirectional_attention"):
+        yield "kv_cache: the model attends to later tokens too (use_bidirectional_attention), so it can't use a cache"
+    if (head := widths(facts.config).head) % cache.group_size:
+        fitting = [size for size in (8, 16, 32, 64, 128) if head % size == 0]
+        advice = f"{' or '.join(map(str, fitting))} would" if fitting else "such a cache is not for this model"
+        yield f"kv_cache: group_size {cache.group_size} does not divide the model's head_dim of {head}; {advice}"
 
 
 @stage(
@@ -48,12 +93,14 @@ class PerplexityParameters(Parameters):
     inputs={"model": "checkpoint", "data": "tokens"},
     output="metrics",
     accepts=frozenset((*FORMATS, "adapter")),
+    check=check_cache,
     paper="protocol of SparseGPT and Wanda: non-overlapping windows, exp of the mean of window means",
 )
 def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data: Artifact) -> Artifact:
     """exp(mean over windows of the mean cross-entropy of the next token), on the weights as stored.
 
-    Of an adapter: of its checkpoint with the adapter's terms added to the weights.
+    Of an adapter: of its checkpoint with the adapter's terms added to the weights. With a quantized cache: each token's
+    loss is that of decoding token by token, where it attends to what the cache holds at that moment.
     """
     import math
 
@@ -66,7 +113,8 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
         windows = read_windows(run, data, stored)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
         rounding = _round_activations(skeleton, stored, parameters.activations)
-        hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "scoring")
+        advance, caching = _quantize_cache(skeleton, parameters.kv_cache, int(windows.shape[1]))
+        hidden, outer, steps = stream_hidden(run, stored, skeleton, windows, "scoring", advance=advance)
         losses = window_losses(skeleton, outer, windows, hidden, run.device)
     mean = math.fsum(losses) / len(losses)
     if not math.isfinite(mean):
@@ -78,8 +126,10 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
             "windows": len(losses),
             "length": int(windows.shape[1]),
             "window_losses_nats": losses,
-            "runtime": f"coldpress block loop, {str(skeleton.dtype).removeprefix('torch.')}{rounding}",
+            "runtime": f"coldpress block loop, {str(skeleton.dtype).removeprefix('torch.')}{rounding}{caching}",
         }
+        if parameters.kv_cache is not None:  # of one window, all blocks together
+            result |= {key: sum(step[key] for step in steps) for key in ("kv_cache_bytes", "kv_cache_bytes_in_full")}
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()
 
@@ -101,6 +151,27 @@ def _round_activations(skeleton: Skeleton, stored: StoredModel, activations: str
         layer = module.removeprefix(stored.family.block_prefix(index))
         skeleton.change_inputs(lambda inputs: round_inputs(inputs, threshold), index, [layer])
     return f", LLM.int8() activations with outliers from {threshold:g}"
+
+
+def _quantize_cache(
+    skeleton: Skeleton, cache: KvCache | None, length: int
+) -> tuple[Callable[[int, dict[str, Tensor], Tensor], dict[str, int]] | None, str]:
+    """Let blocks attend as with this cache, if there is one. Returns how blocks are advanced, and what the name of the
+    runtime says of it.
+    """
+    if cache is None:
+        return None, ""
+    from .packed_cache import CachedAttention
+
+    window = getattr(skeleton.model.config, "sliding_window", None)
+    if window is not None and window < length:
+        raise StageError(
+            f"kv_cache: the model attends to the last {window} tokens only, and a packed cache keeps all {length}; "
+            f"set the data's length to {window} or less"
+        )
+    attention = CachedAttention(skeleton, **cache.model_dump())
+    how = f", KV cache in {cache.bits} bits, groups of {cache.group_size}, {cache.residual} tokens in full"
+    return attention.advance, how
 
 
 def window_losses(

@@ -18,12 +18,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its title, key in the row's values, and how a value is written."""
+    """A column of the table: its title, key in the row's values, and how a value is written.
+
+    optional: left out where no row has a value.
+    """
 
     title: str
     key: str
     write: Callable[[Any], str]
     justify: str = "right"
+    optional: bool = False
 
 
 COLUMNS = (
@@ -33,30 +37,44 @@ COLUMNS = (
     Column("bits per weight", "bits_per_weight", lambda v: f"{v:.2f}"),
     Column("size on disk", "size_bytes", lambda v: f"{v / 1e6:.1f} MB"),
     Column("perplexity", "perplexity", lambda v: f"{v:.2f}"),
+    Column("KV cache", "kv_cache_bytes", lambda v: f"{v / 1e6:.2f} MB", optional=True),
+    Column("in full", "kv_cache_bytes_in_full", lambda v: f"{v / 1e6:.2f} MB", optional=True),
     Column("seconds", "seconds", lambda v: f"{v:.1f}"),
     Column("state", "state", str, "left"),
 )
 
 
 def values(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One mapping a variant, from the document of `run --json`; what was not measured is absent."""
+    """One mapping a variant, from the document of `run --json`; what was not measured is absent.
+
+    After it come its evaluations that have names of their own, as "variant/name".
+    """
     stages = {stage["name"]: stage for stage in document["stages"]}
+    metrics = document["metrics"]
+    further = [name for name in metrics if name not in document["variants"]]
     return [
         {
-            "variant": variant,
-            **document["metrics"].get(variant, {}),
-            "seconds": stages[variant]["seconds"],
-            "state": stages[variant]["state"],
-            "artifact": stages[variant]["artifact"],
+            "variant": name,
+            **metrics.get(name, {}),
+            "seconds": stages[name]["seconds"],
+            "state": stages[name]["state"],
+            "artifact": stages[name]["artifact"],
         }
         for variant in document["variants"]
+        for name in (variant, *(one for one in further if one.rpartition("/")[0] == variant))
     ]
+
+
+def columns(document: Mapping[str, Any]) -> list[Column]:
+    """The table's columns."""
+    measured = {key for row in values(document) for key in row}
+    return [column for column in COLUMNS if column.key in measured or not column.optional]
 
 
 def rows(document: Mapping[str, Any]) -> list[list[str]]:
     """The table's cells as text; a dash for what was not measured."""
     return [
-        ["-" if row.get(column.key) is None else column.write(row[column.key]) for column in COLUMNS]
+        ["-" if row.get(column.key) is None else column.write(row[column.key]) for column in columns(document)]
         for row in values(document)
     ]
 
@@ -83,8 +101,9 @@ def write_report(document: Mapping[str, Any], folder: str) -> str:
 
 def markdown_table(document: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
-    titles = [column.title for column in COLUMNS]
-    rules = ["---" if column.justify == "left" else "---:" for column in COLUMNS]
+    shown = columns(document)
+    titles = [column.title for column in shown]
+    rules = ["---" if column.justify == "left" else "---:" for column in shown]
     lines = [titles, rules, *rows(document)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
@@ -107,5 +126,5 @@ def _html(document: Mapping[str, Any]) -> str:
     source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     runtimes = sorted({v["runtime"] for v in document["metrics"].values() if "runtime" in v})
     return Template(source, autoescape=True).render(
-        document=document, columns=COLUMNS, rows=rows(document), runtimes=runtimes, charts=charts(document)
+        document=document, columns=columns(document), rows=rows(document), runtimes=runtimes, charts=charts(document)
     )

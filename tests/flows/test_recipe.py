@@ -183,6 +183,48 @@ def test_a_matrix_fans_out_through_the_dag(change: Change) -> None:
     assert names.count("calibration") == 1
 
 
+CACHED = """\
+  perplexity: {data: held_out}
+  kv2: {method: perplexity, data: held_out, variants: [base, nf4], kv_cache: {bits: 2, group_size: 16, residual: 32}}"""
+
+
+@pytest.fixture
+def cached(change: Change) -> Path:
+    """The tiny recipe with a second evaluation of perplexity, in line 13, with a quantized cache."""
+    return change("  perplexity: {data: held_out}", CACHED)
+
+
+def test_an_evaluation_with_a_name_of_its_own_is_of_the_variants_that_it_names(cached: Path) -> None:
+    recipe = load_recipe(str(cached))
+    assert recipe.evaluations["base"] == ("base/size", "base/perplexity", "base/kv2")
+    assert recipe.evaluations["nf4"] == ("nf4/size", "nf4/perplexity", "nf4/kv2")
+    assert recipe.evaluations["gptq"] == ("gptq/size", "gptq/perplexity")
+    node = recipe.node("nf4/kv2")
+    assert node.stage.name == "evaluate/perplexity"
+    assert node.inputs == {"model": "nf4", "data": "held_out"}
+    assert node.parameters.for_key() == {"kv_cache": {"bits": 2, "group_size": 16, "residual": 32}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("method: perplexity", "method: perplexty", "evaluation 'kv2': unknown method 'perplexty'; did you mean"),
+        ("method: perplexity, ", "", "unknown evaluation 'kv2'; there is perplexity, size"),
+        ("variants: [base, nf4]", "variants: [bas]", "evaluation 'kv2': its variants must be a list of the recipe's"),
+        ("variants: [base, nf4]", "variants: base", "evaluation 'kv2': its variants must be a list of the recipe's"),
+        ("data: held_out, variants", "data: held, variants", "evaluation 'kv2' needs 'data'"),
+        ("bits: 2", "bits: 3", "kv_cache.bits is 3, but input should be 2, 4 or 8 (kv_cache: "),
+        ("bits: 2, ", "", "evaluation 'kv2' needs 'kv_cache.bits' (kv_cache: "),
+        ("group_size: 16", "groups: 16", "evaluation 'kv2' has no parameter 'kv_cache.groups' (kv_cache: "),
+        ("residual: 32", "residual: 40", "kv_cache: residual 40 is no multiple of group_size 16"),
+        ("group_size: 16", "group_size: 32", "group_size 32 does not divide the model's head_dim of 16; 8 or 16 would"),
+    ],
+)
+def test_a_mistake_in_a_second_evaluation_is_named(change: Change, cached: Path, old: str, new: str, says: str) -> None:
+    found = problems(change(old, new))
+    assert any(":13: " in sentence and says in sentence for sentence in found), found
+
+
 COMPENSATED = (
     "  back: {use: compensate, method: eora, model: gptq, original: base, calibration: calibration, rank: 8}\n"
     "evaluate:\n  variants: [base, pruned, gptq, nf4, back]"

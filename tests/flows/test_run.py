@@ -20,6 +20,7 @@ from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
+from coldpress.tasks.reporting.report import markdown_table
 
 Run = Callable[..., RunResult]
 
@@ -103,6 +104,30 @@ def test_changing_one_stage_recomputes_it_and_what_follows(run: Run, memory: Sto
     changed = states(run(memory, "stages.pruned.sparsity=0.6"))
     assert changed["base"] == changed["calibration"] == changed["base/perplexity"] == "cached"
     assert changed["pruned"] == changed["gptq"] == changed["nf4/size"] == "computed"
+
+
+def test_an_evaluation_with_a_name_of_its_own_has_a_row_of_its_own(
+    run: Run, memory: Store, change: Callable[[str, str], Path]
+) -> None:
+    cache = "kv_cache: {bits: 2, group_size: 16, residual: 16}"
+    change(
+        "  variants: [base, pruned, gptq, nf4]\n",
+        f"  variants: [base, nf4]\n  kv2: {{method: perplexity, variants: [base], data: held_out, {cache}}}\n",
+    )
+    document = run(memory).to_json()
+    metrics = document["metrics"]
+    assert list(metrics) == ["base", "base/kv2", "nf4"]
+    assert metrics["base"]["perplexity"] != metrics["base/kv2"]["perplexity"]
+    assert "kv_cache_bytes" not in metrics["base"]
+    title, _, *rows = (line.strip("| \n").split(" | ") for line in markdown_table(document).splitlines())
+    assert [row[0] for row in rows] == ["base", "base/kv2", "nf4"]
+    sizes = metrics["base/kv2"]["kv_cache_bytes"], metrics["base/kv2"]["kv_cache_bytes_in_full"]
+    place = title.index("KV cache")
+    assert title[place + 1] == "in full"
+    assert rows[1][place : place + 2] == [f"{size / 1e6:.2f} MB" for size in sizes]
+    assert rows[0][place : place + 2] == ["-", "-"]
+    del metrics["base/kv2"]
+    assert "KV cache" not in markdown_table(document)
 
 
 def test_an_adapter_is_measured_with_the_checkpoint_it_belongs_to(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_ranks_meet_their_budget_within_their_bounds_and_follow_the_errors(
     assert sum(ranks) == mean * len(errors)
     assert all(1 <= rank <= highest for rank in ranks)
     by_error = [rank for _, rank in sorted(zip(errors, ranks, strict=True))]
-    assert all(later >= earlier - 1 for earlier, later in zip(by_error, by_error[1:], strict=False))
+    assert all(later >= earlier - 1 for earlier, later in pairwise(by_error))
 
 
 def test_ranks_in_proportion_where_nothing_stands_in_the_way() -> None:
@@ -225,8 +226,8 @@ def test_losa_goes_on_where_it_ended(
         entry = stage_named("adapt/losa")
         return compute(run, entry, entry.parameters(**LOSA), {"model": model, "calibration": data, "data": data})
 
-    store.pin(model.id)
-    store.pin(data.id)
+    store.pin(model)
+    store.pin(data)
     with pytest.raises(Preempted if asked else Killed):
         attempt(dies=True)
     for garbage in find_garbage(store, grace=0.0):  # what an unfinished run needs isn't garbage, however old

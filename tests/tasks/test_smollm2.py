@@ -13,6 +13,7 @@ import pytest
 import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.store import Store
+from coldpress.tasks.evaluation.packed_cache import packed_cache
 from coldpress.tasks.sources.locate import locate
 from elsewhere import COMPRESSED_TENSORS, GPTQMODEL, TRANSFORMERS, Loaded
 from torch import Tensor
@@ -241,6 +242,38 @@ def test_eora_brings_back_more_of_a_pruned_and_quantized_model_than_svd(
     found = [perplexity(model, held_out) for model in (base, eora, svd, quantized)]
     assert found == sorted(found)
     assert found[1] < found[3] / 2
+
+
+def test_a_quantized_cache_costs_nothing_in_8_bits_little_in_4_and_is_measured_as_decoding_has_it(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    held_out: Artifact,
+    whole: Any,
+    ids: Callable[[Artifact], Tensor],
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    def cached(data: Artifact, bits: int) -> dict[str, Any]:
+        cache = {"bits": bits, "residual": 32}
+        metrics = stage("evaluate/perplexity", {"model": base, "data": data}, kv_cache=cache)
+        return dict(json.loads(shared_store.read_file(metrics, "metrics.json")))
+
+    full = perplexity(base, held_out)
+    found = {bits: cached(held_out, bits) for bits in (8, 4, 2)}
+    assert found[8]["perplexity"] == pytest.approx(full, rel=0.005)
+    assert found[4]["perplexity"] == pytest.approx(full, rel=0.03)
+    assert 1.05 * full < found[2]["perplexity"] < 2 * full
+    sizes = [entry["kv_cache_bytes"] for entry in found.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < found[2]["kv_cache_bytes_in_full"] / 3
+
+    source = {"source": "python-docs", "split": "test", "samples": 1, "length": 100}
+    short = stage("source/tokens", {"model": base}, **source)
+    cache = packed_cache(bits=2, group_size=32, residual=32)
+    logits = torch.cat(
+        [whole(token[None, None], past_key_values=cache, use_cache=True).logits for token in ids(short)[0]], 1
+    )
+    assert perplexity_of(logits, ids(short)) == pytest.approx(cached(short, 2)["perplexity"], rel=1e-3)
 
 
 # Orderings, calibrated on WikiText-2's validation text and measured on its test text

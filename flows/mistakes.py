@@ -1,0 +1,39 @@
+"""What is wrong with a stage's parameters, in a sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+from pydantic import BaseModel
+
+from ..tasks.catalogue import did_you_mean
+from ..tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
+    """One of the errors that pydantic found in the parameters of a stage; label: how errors call the stage."""
+    fields = stage.parameters.model_fields
+    key = str(detail["loc"][0]) if detail["loc"] else ""
+    description = fields[key].description if key in fields else None
+    remark = f" ({key}: {description})" if description else ""
+    path = ".".join(map(str, detail["loc"])) if _has_parts(stage, key) else key
+    match detail["type"]:
+        case "extra_forbidden":
+            advice = remark if path != key else f"; {did_you_mean(key, [*fields, *stage.inputs])}"
+            return f"{label} has no parameter '{path}'{advice}"
+        case "missing":
+            return f"{label} needs '{path}'{remark}" if path != key else f"{label} needs '{key}': {description}"
+        case "value_error":
+            return f"{label}: {detail['ctx']['error']}"
+    said = detail["msg"]
+    return f"{label}: {path} is {detail['input']!r}, but {said[:1].lower()}{said[1:]}{remark}"
+
+
+def _has_parts(stage: Stage, parameter: str) -> bool:
+    """Whether a parameter is a mapping with fields of its own."""
+    field = stage.parameters.model_fields.get(parameter)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
