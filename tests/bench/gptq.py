@@ -1,7 +1,7 @@
 """The GPTQ and AWQ stages against GPTQModel's own: SmolLM2, 4 bit, groups of 64, 16 x 512 calibration tokens.
 
-Both start from the same float32 checkpoint and see the same windows. GPTQ: symmetric grids, damping 0.01, no
-activation order of either kind. AWQ: asymmetric grids, stored in AWQ's format. All results are imported from the
+Both start from the same checkpoint and see the same windows. GPTQ: float32, symmetric grids, damping 0.01, no activation
+order of either kind. AWQ: bfloat16, since GPTQModel packs no float32, asymmetric grids, AWQ's format. All results are imported from the
 folders they were saved to and scored by the same code in float32, on 24 held-out windows of 512. Each side quantizes in
 a process of its own, in turns. GPTQModel's default is to run the windows through a block anew after each group of its
 layers (`true_sequential`); coldpress gathers all statistics of a block in one pass, which GPTQModel does too for GPTQ
@@ -23,13 +23,13 @@ THEIR_AWQ = {"sym": False, "method": "awq", "format": "gemm"}
 
 def measure() -> list[Row]:
     """All rows of this benchmark."""
-    model, calibration, held_out = in_fresh_process(prepare)
+    model, half, calibration, held_out = in_fresh_process(prepare)
     first = in_fresh_process(ours, model, calibration, "ours", "quantize/gptq", GPTQ)
-    default = in_fresh_process(gptqmodel, calibration, "default", {**THEIR_GPTQ, "true_sequential": True})
+    default = in_fresh_process(gptqmodel, calibration, "default", "float32", {**THEIR_GPTQ, "true_sequential": True})
     second = in_fresh_process(ours, model, calibration, "ours-again", "quantize/gptq", GPTQ)
-    one_pass = in_fresh_process(gptqmodel, calibration, "one-pass", {**THEIR_GPTQ, "true_sequential": False})
-    awq = in_fresh_process(ours, model, calibration, "awq", "quantize/awq", AWQ)
-    their_awq = in_fresh_process(gptqmodel, calibration, "their-awq", THEIR_AWQ)
+    one_pass = in_fresh_process(gptqmodel, calibration, "one-pass", "float32", {**THEIR_GPTQ, "true_sequential": False})
+    awq = in_fresh_process(ours, half, calibration, "awq", "quantize/awq", AWQ)
+    their_awq = in_fresh_process(gptqmodel, calibration, "their-awq", "bfloat16", THEIR_AWQ)
     perplexity = in_fresh_process(score, model, held_out)
     seconds = (first["seconds"] + second["seconds"]) / 2
 
@@ -54,7 +54,7 @@ def measure() -> list[Row]:
 
 
 def prepare() -> list[Any]:
-    """The dense model, calibration and held-out windows in the store "store"; the model as the folder "dense"."""
+    """The dense model in both dtypes, calibration and held-out windows, in the store "store"; the models as folders."""
     from coldpress.flows.worker import Worker
     from coldpress.storage.export import export
     from coldpress.storage.store import Store
@@ -62,11 +62,12 @@ def prepare() -> list[Any]:
     from .smollm2 import CALIBRATION, HELD_OUT, import_model, import_windows
 
     store, worker = Store("store"), Worker("cpu")
-    model = import_model(worker, store, "float32")
-    windows = [import_windows(worker, store, model, settings) for settings in (CALIBRATION, HELD_OUT)]
+    models = {dtype: import_model(worker, store, dtype) for dtype in ("float32", "bfloat16")}
+    windows = [import_windows(worker, store, models["float32"], settings) for settings in (CALIBRATION, HELD_OUT)]
     worker.kill()
-    list(export(store, model, "dense"))
-    return [model, *windows]
+    for dtype, model in models.items():
+        list(export(store, model, dtype))
+    return [*models.values(), *windows]
 
 
 def ours(
@@ -88,7 +89,7 @@ def ours(
     return {"seconds": action.provenance["seconds"], "peak": action.provenance["peak_memory_bytes"]}
 
 
-def gptqmodel(calibration: list[Any], folder: str, settings: dict[str, Any]) -> dict[str, float]:
+def gptqmodel(calibration: list[Any], folder: str, dtype: str, settings: dict[str, Any]) -> dict[str, float]:
     """Quantize with GPTQModel; save to `folder`."""
     import os
 
@@ -102,7 +103,7 @@ def gptqmodel(calibration: list[Any], folder: str, settings: dict[str, Any]) -> 
     with ArtifactReader(Store("store"), Artifact(*calibration)) as reader:
         windows = reader.tensors(["input_ids"])["input_ids"].long()
     config = QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, desc_act=False, **settings)
-    model = GPTQModel.load("dense", config, dtype=torch.float32, device="cpu")
+    model = GPTQModel.load(dtype, config, dtype=getattr(torch, dtype), device="cpu")
     samples = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
     memory = PeakMemory("cpu")
     seconds = timed(lambda: model.quantize(samples, batch_size=1))
