@@ -1,11 +1,12 @@
 """The GPTQ and AWQ stages against GPTQModel's own: SmolLM2, 4 bit, groups of 64, 16 x 512 calibration tokens.
 
-Both start from the same checkpoint and see the same windows. GPTQ: float32, symmetric grids, damping 0.01, no activation
-order of either kind. AWQ: bfloat16, since GPTQModel packs no float32, asymmetric grids, AWQ's format. All results are imported from the
-folders they were saved to and scored by the same code in float32, on 24 held-out windows of 512. Each side quantizes in
-a process of its own, in turns. GPTQModel's default is to run the windows through a block anew after each group of its
-layers (`true_sequential`); coldpress gathers all statistics of a block in one pass, which GPTQModel does too for GPTQ
-when told. Both are measured. Its seconds are those of `quantize()` alone, without loading and saving.
+Both start from the same checkpoint and see the same windows. GPTQ: float32, symmetric grids, damping 0.01, no
+activation order of either kind. AWQ: bfloat16, since GPTQModel packs no float32, asymmetric grids, AWQ's format. All
+results are imported from the folders they were saved to and scored by the same code in float32, on 24 held-out windows
+of 512. Each side quantizes in a process of its own, in turns. GPTQModel's default is to run the windows through a block
+anew after each group of its layers (`true_sequential`); coldpress gathers all statistics of a block in one pass, which
+GPTQModel does too for GPTQ when told. Both are measured. Its seconds are those of `quantize()` alone, without loading
+and saving.
 """
 
 from __future__ import annotations
