@@ -127,19 +127,25 @@ class Builder:
             fields = list(stage.parameters.model_fields)
             for detail in error.errors():
                 key = str(detail["loc"][0]) if detail["loc"] else None
-                where = (*path, key) if key else path
+                inner = detail["loc"][1:] if (*path, *detail["loc"]) in self.document.lines else ()
+                where = (*path, key, *inner) if key else path
+                place = f"{key}{''.join(f'[{one}]' if isinstance(one, int) else f'.{one}' for one in inner)}"
+                description = stage.parameters.model_fields[str(key)].description if key in fields else None
                 match detail["type"]:
+                    case "extra_forbidden" if key in fields:
+                        message = f"{label}: there is no {place} ({key}: {description})"
                     case "extra_forbidden":
                         known = [*fields, *stage.inputs]
                         message = f"{label} has no parameter '{key}'; {did_you_mean(str(key), known)}"
+                    case "missing" if len(detail["loc"]) > 1:
+                        message = f"{label}: an entry of {key} needs '{detail['loc'][-1]}' ({key}: {description})"
                     case "missing":
-                        message = f"{label} needs '{key}': {stage.parameters.model_fields[str(key)].description}"
+                        message = f"{label} needs '{key}': {description}"
                     case "value_error":
-                        message = f"{label}: {detail['ctx']['error']}"
+                        message = f"{label}: {f'{place} ' if inner else ''}{detail['ctx']['error']}"
                     case _:
                         given = detail["input"]
-                        message = f"{label}: {key} is {given!r}, but {_lower(detail['msg'])}"
-                        description = stage.parameters.model_fields[str(key)].description if key in fields else None
+                        message = f"{label}: {place} is {given!r}, but {_lower(detail['msg'])}"
                         message += f" ({key}: {description})" if description else ""
                 self.problem(message, *where)
             return None

@@ -49,7 +49,9 @@ def check_export(store: Store, artifact: Artifact, folder: str, device: str = "c
     if artifact.kind != "checkpoint":
         raise StageError("only exported checkpoints can be checked; an adapter is loaded beside its checkpoint")
     if format in ("gptq", "awq") and find_spec("gptqmodel") is None:
-        raise StageError(f"a checkpoint in the format {format} is loaded by GPTQModel: pip install 'coldpress[gptqmodel]'")
+        raise StageError(
+            f"a checkpoint in the format {format} is loaded by GPTQModel: pip install 'coldpress[gptqmodel]'"
+        )
     here = _logits(store, artifact, device)
     with tempfile.TemporaryDirectory(prefix="coldpress-check-") as temporary:
         given, target = os.path.join(temporary, "window"), os.path.join(temporary, "logits")

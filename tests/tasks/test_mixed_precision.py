@@ -1,0 +1,484 @@
+"""Layers with their own bits and group sizes: as a recipe says it, or as a budget is spent by measured losses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import plain_methods
+import pytest
+import torch
+from coldpress.storage.artifacts import Artifact
+from coldpress.storage.store import Store
+from coldpress.tasks.architectures import block_count, family_of
+from coldpress.tasks.catalogue import stage_named
+from coldpress.tasks.quantization.bit_allocation import cheapest
+from coldpress.tasks.quantization.precision import GroupParameters, Precision, dynamic_of, precision_of
+from coldpress.tasks.sources.locate import SourceError
+from coldpress.tasks.stage import ModelFacts, Preempted, Run, compute, preimage
+from pydantic import ValidationError
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
+}  # fmt: skip
+MIXED = [
+    {"modules": ["down_proj"], "bits": 8, "group_size": 64},
+    {"layers": [0], "bits": 3},
+    {"modules": ["mlp.down_proj", "v_proj"], "layers": [2, 0], "bits": 2},
+    {"modules": ["o_proj"], "layers": [1], "bits": 16},
+]
+
+
+def precision_by_hand(index: int, name: str) -> tuple[int, int] | None:
+    """What `MIXED` says of a layer beside 4 bits in groups of 32."""
+    last = name.rpartition(".")[2]
+    size = 64 if last == "down_proj" else 32
+    if last in ("down_proj", "v_proj") and index in (0, 2):
+        return 2, size
+    if (last, index) == ("o_proj", 1):
+        return None
+    if index == 0:
+        return 3, size
+    return (8 if last == "down_proj" else 4), size
+
+
+def settings_of(store: Store, model: Artifact) -> Mapping[str, Any]:
+    found = store.manifest(model).quantization
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def llama(import_model: Callable[..., Artifact]) -> Artifact:
+    return import_model("llama")
+
+
+@pytest.fixture
+def quantize(
+    llama: Artifact, make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
+) -> Callable[..., Artifact]:
+    """`quantize("gptq", **parameters)`: the tiny Llama in groups of 32."""
+
+    def run(method: str, **parameters: Any) -> Artifact:
+        inputs = {"model": llama, "calibration": make_tokens(llama)}
+        return run_stage(f"quantize/{method}", inputs, **{"group_size": 32, **parameters})
+
+    return run
+
+
+# What a recipe says
+
+
+def test_later_overrides_win_and_what_they_leave_out_stays() -> None:
+    parameters = GroupParameters.model_validate({"group_size": 32, "overrides": MIXED})
+    for module, precision in parameters.precisions(LLAMA).items():
+        index, name = int(module.split(".")[2]), module.split(".", 3)[3]
+        expected = precision_by_hand(index, name) or (16, 32)
+        assert precision == expected, module
+
+
+def test_the_settings_say_of_every_module_what_was_planned() -> None:
+    for family in ("llama", "opt", "gpt_neox"):
+        config = {**LLAMA, "model_type": family, "ffn_dim": 128, "num_hidden_layers": 12}
+        draw = random.Random(family)
+        linears = family_of(config).linears
+        plan = {
+            f"{family_of(config).block_prefix(index)}{linear.name}": draw.choice(
+                [*map(Precision, (2, 4, 16), (32, 64, 32))]
+            )
+            for index in range(block_count(config))
+            for linear in linears
+        }
+        usual = Precision(4, 64)
+        settings = {"bits": 4, "group_size": 64, "dynamic": dynamic_of(plan, usual, config)}
+        found = {module: precision_of(settings, module) for module in plan}
+        assert found == {module: None if one.bits == 16 else one for module, one in plan.items()}
+        shuffled = {**settings, "dynamic": dict(reversed(settings["dynamic"].items()))}  # files have sorted keys
+        assert found == {module: precision_of(shuffled, module) for module in plan}
+
+
+def test_gptqmodel_reads_the_same_of_the_settings() -> None:
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.quantization.config import dynamic_get
+
+    parameters = GroupParameters.model_validate({"group_size": 32, "overrides": MIXED})
+    plan = parameters.precisions(LLAMA)
+    dynamic = dynamic_of(plan, Precision(4, 32), LLAMA)
+    for module, precision in plan.items():
+        found = dynamic_get(dynamic, module, default={"bits": 4, "group_size": 32})
+        assert found == (False if precision.bits == 16 else precision._asdict()), module
+    foreign = {
+        "dynamic": {r"-:.*\.1\.": {}, r"model\.layers\.[01]\..*v_proj": {"bits": 8}},
+        "bits": 4,
+        "group_size": 32,
+    }
+    for module in plan:
+        theirs = dynamic_get(foreign["dynamic"], module, default={})
+        ours = precision_of(foreign, module)
+        assert ours == (None if theirs is False else (theirs.get("bits", 4), 32)), module
+
+
+def test_layers_that_inference_engines_merge_are_found_under_the_merged_name() -> None:
+    parameters = GroupParameters.model_validate(
+        {"overrides": [{"layers": [1], "bits": 8}, {"modules": ["up_proj"], "layers": [1], "bits": 2}]}
+    )
+    settings = {
+        "bits": 4,
+        "group_size": 128,
+        "dynamic": dynamic_of(parameters.precisions(LLAMA), Precision(4, 128), LLAMA),
+    }
+    assert precision_of(settings, "model.layers.1.self_attn.qkv_proj") == (8, 128)
+    assert precision_of(settings, "model.layers.1.mlp.gate_up_proj") == (4, 128)  # the two differ
+    assert precision_of(settings, "model.layers.11.self_attn.qkv_proj") == (4, 128)
+
+
+def test_without_overrides_and_budget_keys_and_settings_are_what_they_were(
+    store: Store, quantize: Callable[..., Artifact]
+) -> None:
+    entry = stage_named("quantize/gptq")
+    parameters = entry.parameters(overrides=[], budget=None, choices=[{"bits": bits} for bits in (2, 3, 4, 8)])
+    assert preimage(entry, parameters, {})["parameters"] == {}
+    assert "dynamic" not in settings_of(store, quantize("rtn"))
+    ruled = entry.parameters(overrides=MIXED)
+    assert preimage(entry, ruled, {})["parameters"] == {"overrides": MIXED}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_each_layer_is_what_a_checkpoint_of_its_precision_alone_has(
+    method: str, store: Store, quantize: Callable[..., Artifact], dense_weights: Callable[..., Tensors], llama: Artifact
+) -> None:
+    options: dict[str, Any] = {"symmetric": False}
+    mixed = quantize(method, overrides=MIXED, **options)
+    weights, dense = dense_weights(mixed), dense_weights(llama)
+    assert weights.keys() == dense.keys()
+    for module, weight in weights.items():
+        index, name = int(module.split(".")[2]), module.split(".", 3)[3]
+        precision = precision_by_hand(index, name)
+        if precision is None:
+            assert method == "awq" or torch.equal(weight, dense[module])
+            continue
+        bits, size = precision
+        assert precision_of(settings_of(store, mixed), module) == precision
+        rows, columns = weight.shape
+        grouped = weight.reshape(rows, columns // size, size)
+        counts = torch.tensor([[len(group.unique()) for group in row] for row in grouped])
+        assert int(counts.max()) <= 2**bits, module
+        assert bits == 8 or int(counts.max()) > 2 ** (bits - 1), module
+        if method == "rtn":
+            expected = plain_methods.round_to_nearest(dense[module], bits, size, False).float()
+            assert torch.isclose(weight, expected, rtol=1e-6).double().mean() >= 0.999, module
+
+
+def test_awq_with_its_own_precisions_computes_with_what_is_stored(
+    quantize: Callable[..., Artifact],
+    whole_model: Callable[..., Any],
+    make_tokens: Callable[..., Artifact],
+    windows: Callable[[Artifact], Tensor],
+    llama: Artifact,
+    block_loop_logits: Callable[..., Tensor],
+) -> None:
+    ids = windows(make_tokens(llama))
+    fine = [{"bits": 8}, {"modules": ["q_proj", "o_proj", "up_proj"], "bits": 16}]
+    logits = block_loop_logits(quantize("awq", overrides=fine), ids)
+    with torch.no_grad():
+        expected = torch.cat([whole_model("llama")(window[None]).logits for window in ids])
+    assert (logits - expected).abs().mean() < 0.02 * expected.std()  # scales came out where they went in
+
+
+def test_joint_pruning_takes_overrides(
+    quantize: Callable[..., Artifact], dense_weights: Callable[..., Tensors]
+) -> None:
+    weights = dense_weights(quantize("sparsegpt-gptq", sparsity=0.5, overrides=[{"modules": ["k_proj"], "bits": 2}]))
+    for module, weight in weights.items():
+        values = max(len(group.unique()) for group in weight.reshape(-1, 32))
+        assert values <= (4 if module.endswith("k_proj") else 16), module
+        assert float((weight == 0).double().mean()) >= 0.5
+
+
+def test_size_counts_what_mixed_layers_take(
+    quantize: Callable[..., Artifact], run_stage: Callable[..., Artifact], read_metrics: Callable[..., dict[str, Any]]
+) -> None:
+    overrides = [{"bits": 2}, {"layers": [1], "bits": 16}]
+    found = read_metrics(run_stage("evaluate/size", {"model": quantize("rtn", overrides=overrides)}))
+    uniform = read_metrics(run_stage("evaluate/size", {"model": quantize("rtn", bits=2)}))
+    assert found["bits_per_weight"] == pytest.approx((2 * uniform["bits_per_weight"] + 32) / 3)
+
+
+def test_a_mixed_checkpoint_comes_back_from_its_export(
+    store: Store,
+    quantize: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    export_folder: Callable[..., str],
+    dense_weights: Callable[..., Tensors],
+) -> None:
+    mixed = quantize("gptq", overrides=MIXED)
+    again = run_stage("source/model", {}, source=export_folder(mixed))
+    assert settings_of(store, again) == settings_of(store, mixed)
+    before, after = dense_weights(mixed), dense_weights(again)
+    assert all(torch.equal(before[module], after[module]) for module in before)
+
+
+def test_compensation_makes_up_for_mixed_layers(
+    quantize: Callable[..., Artifact],
+    llama: Artifact,
+    run_stage: Callable[..., Artifact],
+    dense_weights: Callable[..., Tensors],
+) -> None:
+    mixed = quantize("rtn", overrides=MIXED)
+    adapter = run_stage("compensate/svd", {"model": mixed, "original": llama}, rank=8)
+    dense, before, after = (dense_weights(model) for model in (llama, mixed, adapter))
+    for module, weight in dense.items():
+        if not torch.equal(before[module], weight):
+            assert (after[module] - weight).norm() < (before[module] - weight).norm(), module
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ([{"bits": 8}, {"modules": ["downproj"], "bits": 8}], "overrides[1]: a block has no module 'downproj'; it has"),
+        ([{"layers": [3], "bits": 8}], "overrides[0]: there is no layer 3; the model has 3, 0 to 2"),
+        ([{"layers": [-1], "bits": 8}], "there is no layer -1"),
+        (
+            [{"modules": ["down_proj"], "group_size": 48}],
+            "group_size 48 does not divide the 128 inputs of mlp.down_proj",
+        ),
+        ([{"layers": [1], "group_size": 0}], "group_size 0 is neither positive nor -1"),
+        ([{"bits": 16}], "leaves nothing to quantize"),
+    ],
+)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "sparsegpt-gptq"])
+def test_impossible_overrides_are_known_before_anything_runs(
+    method: str, overrides: list[dict[str, Any]], sentence: str
+) -> None:
+    entry = stage_named(f"quantize/{method}")
+    sparsity = {"sparsity": 0.5} if method == "sparsegpt-gptq" else {}
+    errors = list(entry.check(entry.parameters(group_size=32, overrides=overrides, **sparsity), ModelFacts(LLAMA)))
+    assert any(sentence in error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"overrides": [{"layers": [1]}]}, "says neither bits nor group_size"),
+        ({"overrides": [{"bits": 16, "group_size": 32}]}, "drop group_size"),
+        ({"overrides": [{"bits": 5}]}, "2, 3, 4, 8 or 16"),
+        ({"choices": [{"bits": 3}]}, "choices are for 'budget'"),
+        ({"budget": {"bits_per_weight": 3}, "bits": 4}, "drop bits"),
+        ({"budget": {"bits_per_weight": 3}, "overrides": [{"bits": 8}]}, "drop one of them"),
+        ({"budget": {}}, "write either"),
+        ({"budget": {"bits_per_weight": 3, "megabytes": 3}}, "write either"),
+        ({"budget": {"megabytes": 3}, "choices": [{"bits": 3}, {"bits": 3, "group_size": 128}]}, "an entry twice"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused(parameters: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        stage_named("quantize/rtn").parameters(**parameters)
+
+
+def test_awqs_own_format_has_one_precision() -> None:
+    entry = stage_named("quantize/awq")
+    for parameters in ({"overrides": [{"layers": [1], "group_size": 64}]}, {"budget": {"bits_per_weight": 5}}):
+        (error,) = entry.check(entry.parameters(group_size=32, format="awq", **parameters), ModelFacts(LLAMA))
+        assert "write format: gptq" in error
+
+
+def test_foreign_patterns_whose_order_counts_are_refused(
+    quantize: Callable[..., Artifact], export_folder: Callable[..., str], run_stage: Callable[..., Artifact]
+) -> None:
+    import json
+    from pathlib import Path
+
+    folder = export_folder(quantize("rtn"))
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    for dynamic, says in (
+        ({r".*v_proj": {"bits": 8}, r".*\.1\.": {"bits": 2}}, r"several patterns .* model.layers.1.self_attn.v_proj"),
+        ({r".*v_proj": {"bits": 5}}, "v_proj is quantized to 5 bits"),
+    ):
+        config["quantization_config"]["dynamic"] = dynamic
+        path.write_text(json.dumps(config))
+        with pytest.raises(SourceError, match=says):
+            run_stage("source/model", {}, source=folder)
+
+
+# What a budget buys
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_cheapest_plan_is_that_of_trying_all(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [sorted(draw.sample(range(8, 200, 4), 4)) for _ in range(5)]
+    losses = [[draw.random() ** 3 for _ in one] for one in sizes]  # more bytes may lose more
+    least, most = sum(one[0] for one in sizes), sum(one[-1] for one in sizes)
+    for budget in (least, least + 1, (2 * least + most) // 3, (least + most) // 2, most):
+        chosen = cheapest(losses, sizes, budget)
+        assert sum(size[choice] for size, choice in zip(sizes, chosen, strict=True)) <= budget
+        best = min(
+            sum(loss[choice] for loss, choice in zip(losses, plan, strict=True))
+            for plan in itertools.product(range(4), repeat=5)
+            if sum(size[choice] for size, choice in zip(sizes, plan, strict=True)) <= budget
+        )
+        assert sum(loss[choice] for loss, choice in zip(losses, chosen, strict=True)) == pytest.approx(best, rel=1e-5)
+
+
+def test_a_large_plan_is_within_its_budget_and_the_same_every_time() -> None:
+    draw = random.Random(0)
+    sizes = [[draw.choice([1, 3]) * 2**20 * bits // 8 + 24 * number for bits in (2, 3, 4, 8)] for number in range(200)]
+    losses = [[draw.random() * 4.0**-bits for bits in (2, 3, 4, 8)] for _ in sizes]
+    budget = sum(size[1] for size in sizes) + 12_345
+    chosen = cheapest(losses, sizes, budget)
+    assert chosen == cheapest(losses, sizes, budget)
+    assert 0 <= budget - sum(size[choice] for size, choice in zip(sizes, chosen, strict=True)) < 2**17
+
+
+def test_plans_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(ValueError, match="not even the smallest"):
+        cheapest([[1.0, 0.5]], [[8, 16]], 7)
+    with pytest.raises(ValueError, match="NaN"):
+        cheapest([[1.0, float("nan")]], [[8, 16]], 12)
+
+
+def test_choices_that_gain_nothing_are_not_bought() -> None:
+    assert cheapest([[0.0, 0.0, 0.0], [1.0, 2.0, 0.5]], [[8, 4, 16], [4, 8, 12]], 100) == [1, 2]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_sensitivities_are_half_the_fisher_weighted_squares_of_rounding_errors(
+    symmetric: bool,
+    llama: Artifact,
+    make_tokens: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    read_tensors: Callable[..., Tensors],
+    whole_model: Callable[..., Any],
+    windows: Callable[[Artifact], Tensor],
+) -> None:
+    tokens = make_tokens(llama)
+    choices = [(2, 32), (4, 64), (8, -1)]
+    measured = run_stage(
+        "statistics/sensitivity", {"model": llama, "calibration": tokens}, choices=choices, symmetric=symmetric
+    )
+    found = read_tensors(measured)
+    model = whole_model("llama").requires_grad_(True)
+    squares: dict[str, list[Tensor]] = {}
+    for window in windows(tokens):
+        model.zero_grad()
+        model(window[None], labels=window[None], use_cache=False).loss.backward()
+        for name, parameter in model.named_parameters():
+            squares.setdefault(name, []).append(parameter.grad.double().square())
+    assert len(found) == 3 * 7
+    for name, losses in found.items():
+        weight_name = name.removesuffix("losses") + "weight"
+        weight, fisher = model.get_parameter(weight_name).detach().double(), torch.stack(squares[weight_name]).mean(0)
+        for loss, (bits, size) in zip(losses.tolist(), choices, strict=True):
+            columns = weight.shape[1] if size == -1 else size
+            error = plain_methods.round_to_nearest(weight, bits, columns, symmetric) - weight
+            assert loss == pytest.approx(float((fisher * error**2).sum() / 2), rel=2e-2), (name, bits)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("budget", [{"bits_per_weight": 4.5}, {"megabytes": 0.06}, {"bits_per_weight": 3.9}])
+def test_what_is_stored_is_within_the_budget_and_a_step_of_it(
+    method: str,
+    budget: dict[str, float],
+    quantize: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    read_metrics: Callable[..., dict[str, Any]],
+) -> None:
+    found = read_metrics(run_stage("evaluate/size", {"model": quantize(method, budget=budget)}))
+    weights = found["linear_weights"]
+    asked = budget.get("bits_per_weight") or budget["megabytes"] * 8e6 / weights
+    step = 128 * 64 * 4.3 / weights  # from 4 to 8 bits of the largest layer
+    assert asked - step < found["bits_per_weight"] <= asked
+
+
+def test_a_budget_buys_bits_where_rounding_costs_most(
+    store: Store, quantize: Callable[..., Artifact], read_tensors: Callable[..., Tensors]
+) -> None:
+    choices = [{"bits": 2, "group_size": 64}, {"bits": 8}]
+    quantized = quantize("rtn", budget={"bits_per_weight": 6}, choices=choices, symmetric=False)
+    (measured,) = list(store.actions("statistics/sensitivity"))
+    losses = read_tensors(measured.artifact)
+    settings = settings_of(store, quantized)
+    gains: dict[int, list[float]] = {2: [], 8: []}
+    for name, (rough, fine) in ((name, one.tolist()) for name, one in losses.items()):
+        module = name.removesuffix(".losses")
+        if module.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj"):  # layers of one size
+            precision = precision_of(settings, module)
+            assert precision in ((2, 64), (8, 32))
+            gains[precision.bits].append(rough - fine)
+    assert gains[2]
+    assert min(gains[8]) >= max(gains[2])
+    (action,) = [one for one in store.actions("quantize/rtn") if one.artifact == quantized]
+    plan = action.provenance["precision"]
+    assert {module: precision_of(settings, module)._asdict() for module in plan} == plan  # type: ignore[union-attr]
+    assert len(plan) == 3 * 7
+
+
+def test_budgets_share_what_was_measured(store: Store, quantize: Callable[..., Artifact]) -> None:
+    models = {
+        quantize(method, budget={"bits_per_weight": bits}, symmetric=False).id
+        for method in ("rtn", "gptq", "awq")
+        for bits in (4, 5)
+    }
+    assert len(models) == 6
+    assert len(list(store.actions("statistics/sensitivity"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        ({"bits_per_weight": 2}, r"bits_per_weight 2 is less than the smallest choices take .* write 3.\d+ to 9.\d+"),
+        ({"bits_per_weight": 16}, r"bits_per_weight 16 is more than the largest choices take .* write 3.\d+ to 9.\d+"),
+        ({"megabytes": 0.01}, r"megabytes 0.01 is less than .* write 0.0\d+ to 0.1\d+"),
+    ],
+)
+def test_budgets_that_cannot_be_met_name_those_that_can(budget: dict[str, float], sentence: str) -> None:
+    import re
+
+    entry = stage_named("quantize/gptq")
+    (error,) = entry.check(entry.parameters(group_size=32, budget=budget), ModelFacts(LLAMA))
+    assert re.search(sentence, error), error
+    for limit in re.findall(r"\d+\.\d+", error.partition("write")[2]):
+        met = entry.parameters(group_size=32, budget={next(iter(budget)): float(limit)})
+        assert list(entry.check(met, ModelFacts(LLAMA))) == []
+
+
+@pytest.mark.parametrize("name", ["statistics/sensitivity", "quantize/gptq"])
+def test_a_killed_stage_ends_in_the_same_artifact(
+    name: str,
+    store: Store,
+    llama: Artifact,
+    make_tokens: Callable[..., Artifact],
+    quantize: Callable[..., Artifact],
+) -> None:
+    budget = {"group_size": 32, "budget": {"bits_per_weight": 4.5}}
+    quantize("gptq", budget=budget["budget"])  # makes what the stage derives
+    undisturbed = {one: next(iter(store.actions(one))) for one in ("statistics/sensitivity", "quantize/gptq")}
+    entry = stage_named(name)
+    inputs = {"model": llama, "calibration": make_tokens(llama)}
+    if name == "quantize/gptq":
+        inputs["sensitivity"] = undisturbed["statistics/sensitivity"].artifact
+        parameters = entry.parameters(**budget)
+    else:
+        parameters = entry.parameters(
+            **stage_named("quantize/gptq").parameters(**budget).sensitivity()["sensitivity"][1]
+        )
+    store.files.delete(f"actions/{name}/{undisturbed[name].key}")
+    said: list[str] = []
+    run = Run(
+        store, progress=lambda what, done, total: said.append(what), stop_asked=lambda: "first pass" not in said[-1]
+    )
+    said.append("first pass")
+    with pytest.raises(Preempted):
+        compute(run, entry, parameters, inputs)
+    resumed = compute(Run(store), entry, parameters, inputs)
+    assert resumed.provenance["resumed"]["from_block"] >= 1
+    assert (resumed.key, resumed.artifact) == (undisturbed[name].key, undisturbed[name].artifact)
+    assert resumed.provenance.get("precision") == undisturbed[name].provenance.get("precision")
