@@ -23,7 +23,6 @@ from ...storage.errors import ColdpressError
 from .grid import Solution
 from .precision import precision_of
 
-PACKABLE_BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from ..architectures import Family, block_count, family_of, linear_parameters
 from ..stage import ModelFacts, Parameters
 
+PACKABLE_BITS = (2, 3, 4, 8)
 UNQUANTIZED = 16
 # What vLLM and SGLang call layers that they merge; they look it up in `dynamic` instead of the layers' own names.
 _MERGED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
@@ -78,9 +79,6 @@ class Budget(Parameters):
         return f"{ceil(least / unit * 1000 + 1e-6) / 1000:.3f} to {floor(most / unit * 1000) / 1000:.3f}"
 
 
-DEFAULT_CHOICES = (Choice(bits=2), Choice(bits=3), Choice(bits=4), Choice(bits=8))
-
-
 class GroupParameters(Parameters):
     """Parameters of all that is stored in GPTQ's format."""
 
@@ -97,14 +95,16 @@ class GroupParameters(Parameters):
         description="instead of bits: what the linear layers may take as they are stored, {bits_per_weight: 3.5} or "
         "{megabytes: 50}, spent where quantizing costs most",
     )
-    choices: tuple[Choice, ...] = Field(
-        DEFAULT_CHOICES, min_length=1, description="for budget: what a layer may get, [{bits: 3, group_size: 32}]"
+    choices: tuple[Choice, ...] | None = Field(
+        None,
+        min_length=1,
+        description="for budget: what a layer may get, [{bits: 3, group_size: 32}]; 2, 3, 4 or 8 bits if left out",
     )
 
     @model_validator(mode="after")
     def _one_way(self) -> GroupParameters:
         if self.budget is None:
-            if self.choices != DEFAULT_CHOICES:
+            if self.choices is not None:
                 raise ValueError("choices are for 'budget', which is not there; for layers of your own use overrides")
             return self
         if self.overrides:
@@ -120,12 +120,14 @@ class GroupParameters(Parameters):
     def most_bits(self) -> int:
         """The most that any layer can get."""
         if self.budget is not None:
-            return max(choice.bits for choice in self.choices)
+            return max(candidate.bits for candidate in self.candidates())
         return max([self.bits, *(override.bits or self.bits for override in self.overrides)])
 
     def candidates(self) -> list[Precision]:
         """What a budget chooses from."""
         usual = self.group_size
+        if self.choices is None:
+            return [Precision(bits, usual) for bits in PACKABLE_BITS]
         return [Precision(one.bits, usual if one.group_size is None else one.group_size) for one in self.choices]
 
     def sensitivity(self) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -267,6 +269,19 @@ def _check_budget(parameters: GroupParameters, budget: Budget, config: Mapping[s
         f"a budget of {unit} {given:g} is {where} with their scales, zeros and group indices; "
         f"write {budget.range(least, most, weights)}, or give other choices"
     )
+
+
+def bits_of_block(plan: Mapping[str, Precision], config: Mapping[str, Any]) -> dict[str, float]:
+    """{block: mean bits of its linear weights' codes}."""
+    family = family_of(config)
+    sizes = {
+        name.removesuffix(".weight"): rows * columns for name, (rows, columns) in family.linear_weights(config).items()
+    }
+    return {
+        str(index): sum(plan[family.block_prefix(index) + name].bits * size for name, size in sizes.items())
+        / sum(sizes.values())
+        for index in range(block_count(config))
+    }
 
 
 def dynamic_of(plan: Mapping[str, Precision], usual: Precision, config: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -90,7 +90,7 @@ def group_settings(
     into the notes where layers differ.
     """
     from .gptq_format import quantization_config
-    from .precision import dynamic_of
+    from .precision import bits_of_block, dynamic_of
 
     if parameters.budget is None:
         usual = Precision(parameters.bits, parameters.group_size)
@@ -104,6 +104,7 @@ def group_settings(
         plan = plan_for_budget(run.store, sensitivity, parameters, model.config)
         usual = max(dict.fromkeys(plan.values()), key=list(plan.values()).count)
     run.note("precision", {module: precision._asdict() for module, precision in plan.items()})
+    run.note("bits_of_block", bits_of_block(plan, model.config))
     return quantization_config(*usual, parameters.symmetric, **further, dynamic=dynamic_of(plan, usual, model.config))
 
 

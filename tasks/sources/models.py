@@ -111,7 +111,7 @@ def _by_block(family: Family, names: Any) -> dict[int | None, list[str]]:
 
 
 def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    from ..quantization.gptq_format import PACKABLE_BITS
+    from ..quantization.precision import PACKABLE_BITS
 
     settings = config.get("quantization_config")
     if not settings:
@@ -136,8 +136,7 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
 
 def _check_dynamic(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuses bits that can't be read, and patterns whose order counts: files here are kept with sorted keys."""
-    from ..quantization.gptq_format import PACKABLE_BITS
-    from ..quantization.precision import precision_of
+    from ..quantization.precision import PACKABLE_BITS, precision_of
 
     in_order = {**settings, "dynamic": dict(sorted(settings["dynamic"].items()))}
     family = family_of(config)

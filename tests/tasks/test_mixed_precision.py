@@ -142,7 +142,7 @@ def test_without_overrides_and_budget_keys_and_settings_are_what_they_were(
     store: Store, quantize: Callable[..., Artifact]
 ) -> None:
     entry = stage_named("quantize/gptq")
-    parameters = entry.parameters(overrides=[], budget=None, choices=[{"bits": bits} for bits in (2, 3, 4, 8)])
+    parameters = entry.parameters(overrides=[], budget=None, choices=None)
     assert preimage(entry, parameters, {})["parameters"] == {}
     assert "dynamic" not in settings_of(store, quantize("rtn"))
     ruled = entry.parameters(overrides=MIXED)
@@ -419,6 +419,10 @@ def test_a_budget_buys_bits_where_rounding_costs_most(
     plan = action.provenance["precision"]
     assert {module: precision_of(settings, module)._asdict() for module in plan} == plan  # type: ignore[union-attr]
     assert len(plan) == 3 * 7
+    sizes = {"self_attn.q_proj": 4, "self_attn.k_proj": 2, "self_attn.v_proj": 2, "self_attn.o_proj": 4}
+    sizes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), 8)
+    bits = sum(size * plan[f"model.layers.1.{name}"]["bits"] for name, size in sizes.items()) / 36
+    assert action.provenance["bits_of_block"]["1"] == pytest.approx(bits)
 
 
 def test_budgets_share_what_was_measured(store: Store, quantize: Callable[..., Artifact]) -> None:
