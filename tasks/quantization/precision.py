@@ -128,7 +128,8 @@ class GroupParameters(Parameters):
         usual = self.group_size
         if self.choices is None:
             return [Precision(bits, usual) for bits in PACKABLE_BITS]
-        return [Precision(one.bits, usual if one.group_size is None else one.group_size) for one in self.choices]
+        given = [Precision(one.bits, usual if one.group_size is None else one.group_size) for one in self.choices]
+        return sorted(given)  # in whichever order they are written, what is measured for them is the same
 
     def sensitivity(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """The input that a budget asks for."""

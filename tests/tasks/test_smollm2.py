@@ -330,3 +330,22 @@ def test_gptq_and_awq_are_better_than_plain_rounding(
     dense = perplexity(base, wikitext["test"])
     assert dense < gptq < rounded
     assert dense < awq < rounded
+
+
+def test_bits_by_sensitivity_are_better_than_equal_ones_of_the_same_size(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    wikitext: dict[str, Artifact],
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    def bits_of(model: Artifact) -> float:
+        metrics = stage("evaluate/size", {"model": model})
+        return float(json.loads(shared_store.read_file(metrics, "metrics.json"))["bits_per_weight"])
+
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    equal = stage("quantize/rtn", {"model": base}, group_size=64, symmetric=False, bits=3)
+    budget = {"bits_per_weight": bits_of(equal)}
+    mixed = stage("quantize/rtn", inputs, group_size=64, symmetric=False, budget=budget)
+    assert budget["bits_per_weight"] - 0.02 < bits_of(mixed) <= budget["bits_per_weight"]
+    assert perplexity(mixed, wikitext["test"]) < perplexity(equal, wikitext["test"])
