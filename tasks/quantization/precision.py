@@ -109,7 +109,7 @@ class GroupParameters(Parameters):
             return self
         if self.overrides:
             raise ValueError("a budget is spent on all layers, overrides decide on some; drop one of them")
-        if "bits" in self.model_fields_set:
+        if self.bits != type(self).model_fields["bits"].default:
             raise ValueError("a budget decides on the bits of each layer; drop bits, or use overrides")
         precisions = self.candidates()
         if len(set(precisions)) < len(precisions):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import plain_methods
@@ -144,6 +146,17 @@ def test_without_overrides_and_budget_keys_and_settings_are_what_they_were(
     assert preimage(entry, ruled, {})["parameters"] == {"overrides": MIXED}
 
 
+def test_parameters_stay_what_they_are_on_their_way_to_another_process() -> None:
+    budget = {"budget": {"megabytes": 3}, "choices": [{"bits": 3}, {"bits": 8, "group_size": 32}]}
+    for given in ({"overrides": MIXED}, budget, {}):
+        for method in ("rtn", "gptq", "awq"):
+            parameters = stage_named(f"quantize/{method}").parameters(**given)
+            sent = json.loads(json.dumps(parameters.model_dump(mode="json")))
+            again = type(parameters).model_validate(sent)
+            assert again == parameters
+            assert again.for_key() == parameters.for_key()
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_each_layer_is_what_a_checkpoint_of_its_precision_alone_has(
     method: str, store: Store, quantize: Callable[..., Artifact], dense_weights: Callable[..., Tensors], llama: Artifact
@@ -264,7 +277,7 @@ def test_impossible_overrides_are_known_before_anything_runs(
         ({"overrides": [{"bits": 16, "group_size": 32}]}, "drop group_size"),
         ({"overrides": [{"bits": 5}]}, "2, 3, 4, 8 or 16"),
         ({"choices": [{"bits": 3}]}, "choices are for 'budget'"),
-        ({"budget": {"bits_per_weight": 3}, "bits": 4}, "drop bits"),
+        ({"budget": {"bits_per_weight": 3}, "bits": 3}, "drop bits"),
         ({"budget": {"bits_per_weight": 3}, "overrides": [{"bits": 8}]}, "drop one of them"),
         ({"budget": {}}, "write either"),
         ({"budget": {"bits_per_weight": 3, "megabytes": 3}}, "write either"),
@@ -287,8 +300,6 @@ def test_awqs_own_format_has_one_precision() -> None:
 def test_foreign_patterns_whose_order_counts_are_refused(
     quantize: Callable[..., Artifact], export_folder: Callable[..., str], run_stage: Callable[..., Artifact]
 ) -> None:
-    import json
-    from pathlib import Path
 
     folder = export_folder(quantize("rtn"))
     path = Path(folder) / "config.json"
