@@ -80,6 +80,13 @@ def test_later_overrides_win_and_what_they_leave_out_stays() -> None:
         assert precision == expected, module
 
 
+def test_room_on_disk_is_planned_for_the_most_that_a_layer_can_get() -> None:
+    assert GroupParameters.model_validate({"bits": 3}).most_bits == 3
+    assert GroupParameters.model_validate({"overrides": MIXED}).most_bits == 16
+    assert GroupParameters.model_validate({"budget": {"megabytes": 1}}).most_bits == 8
+    assert GroupParameters.model_validate({"budget": {"megabytes": 1}, "choices": [{"bits": 2}]}).most_bits == 2
+
+
 def test_the_settings_say_of_every_module_what_was_planned() -> None:
     for family in ("llama", "opt", "gpt_neox"):
         config = {**LLAMA, "model_type": family, "ffn_dim": 128, "num_hidden_layers": 12}
