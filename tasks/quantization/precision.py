@@ -18,6 +18,8 @@ from ..architectures import Family, block_count, family_of, linear_parameters
 from ..stage import ModelFacts, Parameters
 
 PACKABLE_BITS = (2, 3, 4, 8)
+# Not 2: what so many layers lose together is more than the sum of what each loses alone.
+USUAL_CHOICES = (3, 4, 8)
 UNQUANTIZED = 16
 # What vLLM and SGLang call layers that they merge; they look it up in `dynamic` instead of the layers' own names.
 _MERGED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
@@ -98,7 +100,7 @@ class GroupParameters(Parameters):
     choices: tuple[Choice, ...] | None = Field(
         None,
         min_length=1,
-        description="for budget: what a layer may get, [{bits: 3, group_size: 32}]; 2, 3, 4 or 8 bits if left out",
+        description="for budget: what a layer may get, [{bits: 3, group_size: 32}]; 3, 4 or 8 bits if left out",
     )
 
     @model_validator(mode="after")
@@ -127,7 +129,7 @@ class GroupParameters(Parameters):
         """What a budget chooses from."""
         usual = self.group_size
         if self.choices is None:
-            return [Precision(bits, usual) for bits in PACKABLE_BITS]
+            return [Precision(bits, usual) for bits in USUAL_CHOICES]
         given = [Precision(one.bits, usual if one.group_size is None else one.group_size) for one in self.choices]
         return sorted(given)  # in whichever order they are written, what is measured for them is the same
 

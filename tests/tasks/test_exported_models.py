@@ -122,7 +122,10 @@ def test_exports_in_gptqs_format_load_in_gptqmodel_with_the_same_weights(
             import_model("opt"),
             {"overrides": [{"layers": [0], "bits": 8}, {"modules": ["fc2"], "bits": 2}]},
         ),
-        "by sensitivity": (llama, {"budget": {"bits_per_weight": 4.5}}),
+        "by sensitivity": (
+            llama,
+            {"budget": {"bits_per_weight": 4.5}, "choices": [{"bits": bits} for bits in (2, 3, 4, 8)]},
+        ),
     }
     models = {}
     for name, (model, parameters) in variants.items():
