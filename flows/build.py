@@ -126,7 +126,8 @@ class Builder:
             return stage.parameters.model_validate(dict(values))
         except ValidationError as error:
             for detail in error.errors():
-                where = (*path, str(detail["loc"][0])) if detail["loc"] else path
+                inner = detail["loc"][1:] if (*path, *detail["loc"]) in self.document.lines else ()
+                where = (*path, str(detail["loc"][0]), *inner) if detail["loc"] else path
                 self.problem(sentence(stage, label, detail), *where)
             return None
 

@@ -34,8 +34,17 @@ def expand_matrix(matrix: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[s
         yield tuple(zip(matrix, values, strict=True))
 
 
+class _Frozen(dict[str, Any]):
+    """A mapping of frozen values that nobody changes, so that it can be looked up."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, which can be looked up."""
+    """Lists as tuples, which can be looked up, and mappings so that they can."""
+    if isinstance(value, dict):
+        return _Frozen({key: _frozen(one) for key, one in value.items()})
     return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
 
 
@@ -69,4 +78,6 @@ def _suffix(coordinates: Coordinates) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_written(one)}" for key, one in value.items())
     return "+".join(_written(one) for one in value) if isinstance(value, tuple) else str(value)

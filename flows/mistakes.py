@@ -19,7 +19,8 @@ def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
     key = str(detail["loc"][0]) if detail["loc"] else ""
     description = fields[key].description if key in fields else None
     remark = f" ({key}: {description})" if description else ""
-    path = ".".join(map(str, detail["loc"])) if _has_parts(stage, key) else key
+    inner = detail["loc"][1:] if _has_parts(stage, key) else ()
+    path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
     match detail["type"]:
         case "extra_forbidden":
             advice = remark if path != key else f"; {did_you_mean(key, [*fields, *stage.inputs])}"
@@ -27,7 +28,7 @@ def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
         case "missing":
             return f"{label} needs '{path}'{remark}" if path != key else f"{label} needs '{key}': {description}"
         case "value_error":
-            return f"{label}: {detail['ctx']['error']}"
+            return f"{label}: {f'{path} ' if inner else ''}{detail['ctx']['error']}"
     said = detail["msg"]
     return f"{label}: {path} is {detail['input']!r}, but {said[:1].lower()}{said[1:]}{remark}"
 

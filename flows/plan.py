@@ -166,7 +166,7 @@ def disk_need(plan: Mapping[str, Planned], store: Store) -> int:
         elif planned.action is None:
             bits = node.stage.bits_written
             if bits is None and node.stage.output == "checkpoint":
-                bits = 1 + getattr(parameters, "bits", 16)  # and a bit of mask
+                bits = 1 + getattr(parameters, "most_bits", 16)  # and a bit of mask
             total += int(sizes.get(node.root, 0) * (bits or 0) / 16)
     return total
 

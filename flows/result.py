@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ class StageResult:
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
     its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
     died before it did). shares_by_block: of a stage that removes weights, the share of each block's linear weights.
+    bits_by_block: of one that gives layers their own precision, the mean bits of each block's weights.
     """
 
     name: str
@@ -35,6 +37,7 @@ class StageResult:
     seconds: float | None = None  # of computing it, now or when it was computed
     peak_memory_bytes: int | None = None
     shares_by_block: list[float] | None = None
+    bits_by_block: list[float] | None = None
     error: str | None = None
 
 
@@ -81,8 +84,12 @@ class RunResult:
             entry.seconds = action.provenance.get("seconds")
             entry.peak_memory_bytes = action.provenance.get("peak_memory_bytes")
             entry.linear_weights = action.provenance.get("linear_weights")
-            shares = action.provenance.get("share_of_block")
-            entry.shares_by_block = [shares[str(block)] for block in range(len(shares))] if shares else None
+            entry.shares_by_block = _by_block(action.provenance.get("share_of_block"))
+            entry.bits_by_block = _by_block(action.provenance.get("bits_of_block"))
+
+
+def _by_block(noted: Mapping[str, float] | None) -> list[float] | None:
+    return [noted[str(block)] for block in range(len(noted))] if noted else None
 
 
 def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:

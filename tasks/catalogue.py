@@ -17,14 +17,15 @@ from .pruning import statistics as _statistics
 from .pruning import width_stage as _width
 from .quantization import awq_stage as _awq
 from .quantization import joint_stage as _joint
+from .quantization import sensitivity as _sensitivity
 from .quantization import stage as _quantization
 from .sources import models as _models
 from .sources import tokens as _tokens
 from .stage import CATALOGUE, Stage
 
 MODULES = (
-    _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _quantization, _awq, _joint, _compensation,
-    _lora, _losa, _merging, _perplexity, _size,
+    _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _sensitivity, _quantization, _awq, _joint,
+    _compensation, _lora, _losa, _merging, _perplexity, _size,
 )  # fmt: skip
 
 

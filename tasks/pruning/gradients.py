@@ -65,7 +65,7 @@ def gradients(run: Run, parameters: GradientParameters, model: Artifact, calibra
         names = [f"{linear.name}.weight" for linear in stored.family.linears]
         return _Norms({name: dense[name] for name in names}, parameters.norm)
 
-    return _backward(run, parameters.dtype, model, calibration, norms)
+    return backward(run, parameters.dtype, model, calibration, norms)
 
 
 @stage(
@@ -83,7 +83,7 @@ def taylor(run: Run, parameters: TaylorParameters, model: Artifact, calibration:
     def sums(stored: StoredModel, index: int, dense: Mapping[str, Tensor]) -> Sums:
         return TaylorSums(dense, stored.family.linears, widths(stored.config))
 
-    return _backward(run, parameters.dtype, model, calibration, sums)
+    return backward(run, parameters.dtype, model, calibration, sums)
 
 
 class Sums(Protocol):
@@ -185,7 +185,7 @@ def parts_of(linear: Linear, widths: Widths) -> Iterator[tuple[str, int, int]]:
             yield "channel", widths.channels, dim
 
 
-def _backward(
+def backward(
     run: Run,
     dtype: str,
     model: Artifact,

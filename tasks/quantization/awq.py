@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class InputSummary:
         return self._magnitudes / self._tokens
 
 
+class Rounds(Protocol):
+    """What turns weights into those that their codes stand for."""
+
+    def values(self, weight: Tensor, keep: Tensor | None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How weights are quantized: see `grid.nearest`."""
@@ -64,6 +71,23 @@ class Rounding:
         """`weight` [rows, columns] in float32 as its nearest codes stand for it."""
         codes, grid = nearest(weight, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, keep=keep)
         return from_codes(codes, grid).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """How layers one below the other are quantized: the rows of each, and its rounding, None for one that is not."""
+
+    layers: tuple[tuple[int, Rounding | None], ...]
+
+    def values(self, weight: Tensor, keep: Tensor | None) -> Tensor:
+        """`weight` [rows, columns] in float32 as its nearest codes stand for it."""
+        parts, first = [], 0
+        for rows, rounding in self.layers:
+            here = slice(first, first + rows)
+            first += rows
+            part = weight[here]
+            parts.append(part if rounding is None else rounding.values(part, None if keep is None else keep[here]))
+        return torch.cat(parts)
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
@@ -84,7 +108,7 @@ def search_scale(
     weight: Tensor,
     gram: Tensor,
     magnitude: Tensor,
-    rounding: Rounding,
+    rounding: Rounds,
     keep: Tensor | None = None,
     storable: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, float]:

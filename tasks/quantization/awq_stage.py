@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,8 @@ from pydantic import Field
 from ...storage.artifacts import Artifact
 from ..architectures import family_of, feeding_rows, folds_of
 from ..stage import ModelFacts, Run, StageError, stage
-from .stage import ComputeDtype, GroupParameters, check_groups, quantized_checkpoint, stacked_masks
+from .precision import GroupParameters, check_groups, precision_of
+from .stage import ComputeDtype, group_settings, quantized_checkpoint, stacked_masks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,9 @@ def check_awq(parameters: AwqParameters, facts: ModelFacts) -> Iterator[str]:
     if parameters.format == "awq" and (parameters.bits != 4 or parameters.symmetric or parameters.group_size == -1):
         yield "format awq has 4 bits, asymmetric, in groups; with other settings write format: gptq"
         return
+    if parameters.format == "awq" and (parameters.overrides or parameters.budget):
+        yield "format awq has the same bits and groups in all layers; for overrides or a budget write format: gptq"
+        return
     yield from check_groups(parameters, facts)
 
 
@@ -48,8 +52,11 @@ def check_awq(parameters: AwqParameters, facts: ModelFacts) -> Iterator[str]:
     paper="Lin et al. 2023, arXiv:2306.00978",
     check=check_awq,
     after=lambda parameters, facts: replace(facts, format=parameters.format),
+    derived=AwqParameters.sensitivity,
 )
-def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artifact) -> Artifact:
+def awq(
+    run: Run, parameters: AwqParameters, model: Artifact, calibration: Artifact, sensitivity: Artifact | None = None
+) -> Artifact:
     """Activation-aware rounding: large inputs are scaled down and the weights that read them up, which then get finer
     steps.
 
@@ -63,16 +70,16 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
     from .awq import InputSummary, Rounding, clip
     from .grid import round_to_nearest
 
-    grid: dict[str, Any] = parameters.model_dump(include={"bits", "group_size", "symmetric"})
     gemm = parameters.format == "awq"
-    settings = (
-        awq_format.quantization_config(parameters.group_size) if gemm else gptq_format.quantization_config(**grid)
-    )
-    rounding = Rounding(**grid)
+
+    def rounding_of(name: str) -> Rounding | None:
+        precision = precision_of(settings, name.removesuffix(".weight"))
+        return None if precision is None else Rounding(*precision, parameters.symmetric)
 
     def change(block: Block) -> Change:
+        roundings = {name: rounding_of(name) for name in block.weights}
         try:
-            tensors, scales, exponents = scale_block(block, stored.config, rounding)
+            tensors, scales, exponents = scale_block(block, stored.config, roundings)
         except ValueError as error:
             raise StageError(f"AWQ failed in {block.prefix.rstrip('.')}: {error}") from error
         packed: dict[str, Tensor] = {}
@@ -81,9 +88,13 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
             gram = block.statistics[names[0]].gram() / torch.outer(scale, scale)
             for name in names:
                 weight, keep = tensors.pop(name), block.masks.get(name)
+                rounding = roundings[name]
+                if rounding is None:
+                    packed[name] = weight.to(stored.dtype)
+                    continue
                 if parameters.clip and not block.linears[name].compared:
                     weight = clip(weight, gram, rounding, keep)
-                solution = round_to_nearest(weight, **grid, keep=keep)
+                solution = round_to_nearest(weight, **asdict(rounding), keep=keep)
                 module = name.removesuffix(".weight")
                 packed.update(
                     awq_format.pack(module, solution) if gemm else gptq_format.pack(module, solution, settings)
@@ -94,6 +105,11 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
         )
 
     with StoredModel(run, model) as stored:
+        settings = (
+            awq_format.quantization_config(parameters.group_size)
+            if gemm
+            else group_settings(run, parameters, stored, sensitivity)
+        )
         return quantized_checkpoint(
             run,
             stored,
@@ -106,16 +122,17 @@ def awq(run: Run, parameters: AwqParameters, model: Artifact, calibration: Artif
 
 
 def scale_block(
-    block: Block, config: Mapping[str, Any], rounding: Rounding
+    block: Block, config: Mapping[str, Any], roundings: Mapping[str, Rounding | None]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
     """A block after its scales were found and moved: it computes what it did before.
 
+    roundings: of each weight, None for those that are not quantized.
     Returns all its tensors, the linears' weights in float32, the others as they are to be stored; by weight, what its
     inputs were divided by, [in_features] float32; and by weight, the exponent chosen.
     """
     import torch
 
-    from .awq import pooled, search_scale
+    from .awq import Stacked, pooled, search_scale
     from .folding import fold_scale, storable_scale
 
     family, folds = family_of(config), folds_of(config)
@@ -133,7 +150,7 @@ def scale_block(
                 torch.cat([tensors[name] for name in names]),
                 summary.gram(),
                 pooled(magnitude, torch.tensor(feeding_rows(config, fold), device=magnitude.device)),
-                rounding,
+                Stacked(tuple((len(block.weights[name]), roundings[name]) for name in names)),
                 stacked_masks(block, names),
                 None if norm is None else partial(storable_scale, norm, family.norm_offset),
             )

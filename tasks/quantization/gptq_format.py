@@ -7,6 +7,7 @@ For a weight [out_features, in_features] `x.weight` the tensors are
 are in "gptq_v2". Symmetric grids are written as v1, which everything reads; others as v2, since GPTQModel refuses
 asymmetric v1 files of other makers, whose zero point 0 wraps around;
 `x.scales` float16 [groups, out_features]; `x.g_idx` int32 [in_features], the group of each input.
+Modules may differ in bits and group size: `precision_of` says which a module has, by the checkpoint's settings.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...storage.errors import ColdpressError
 from .grid import Solution
+from .precision import precision_of
 
-PACKABLE_BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -69,7 +71,7 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
 
 def pack(module: str, solution: Solution, quantization: Mapping[str, Any]) -> dict[str, Tensor]:
     """The four tensors of a layer, `module` being its full name without `.weight`."""
-    bits = int(quantization["bits"])
+    bits = _bits(quantization, module)
     zeros = (solution.zeros.to(torch.int32) - _zero_offset(quantization)) & (2**bits - 1)
     return {
         f"{module}.qweight": pack_rows(solution.codes.T, bits),
@@ -92,13 +94,20 @@ def pack_together(
     return tensors
 
 
+def _bits(quantization: Mapping[str, Any], module: str) -> int:
+    precision = precision_of(quantization, module)
+    if precision is None:
+        raise ColdpressError(f"{module} is packed, but the checkpoint's settings say that it is not quantized")
+    return precision.bits
+
+
 def _zero_offset(quantization: Mapping[str, Any]) -> int:
     return 1 if quantization.get("checkpoint_format", "gptq") == "gptq" else 0
 
 
 def unpack(tensors: Mapping[str, Tensor], module: str, quantization: Mapping[str, Any], device: str) -> Tensor:
     """The weight [out_features, in_features], float32, that a layer's four tensors stand for."""
-    bits = int(quantization["bits"])
+    bits = _bits(quantization, module)
     qweight, qzeros, scales, g_idx = (tensors[f"{module}.{part}"].to(device) for part in PARTS)
     codes = unpack_rows(qweight, bits)
     zeros = (unpack_rows(qzeros.T.contiguous(), bits).T.to(torch.int32) + _zero_offset(quantization)) & (2**bits - 1)
@@ -114,10 +123,19 @@ def unpack_all(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any], d
 
 
 def quantization_config(
-    bits: int, group_size: int, symmetric: bool, *, act_order: bool = False, damping: float | None = None
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    *,
+    act_order: bool = False,
+    damping: float | None = None,
+    dynamic: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What goes into `quantize_config.json`, and into config.json under `quantization_config`."""
-    settings = {
+    """What goes into `quantize_config.json`, and into config.json under `quantization_config`.
+
+    dynamic: what `precision.dynamic_of` made for modules that differ.
+    """
+    settings: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "bits": bits,
@@ -127,4 +145,8 @@ def quantization_config(
         "lm_head": False,
         "pack_dtype": "int32",
     }
-    return settings if damping is None else {**settings, "damp_percent": damping}
+    if damping is not None:
+        settings["damp_percent"] = damping
+    if dynamic:
+        settings["dynamic"] = dict(dynamic)
+    return settings

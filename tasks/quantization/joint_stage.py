@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...storage.artifacts import Artifact
 from ..pruning.stage import SolverParameters, check_pruning
 from ..stage import ModelFacts, Run, StageError, stage
-from .stage import GroupParameters, check_groups, quantized_checkpoint
+from .precision import UNQUANTIZED, GroupParameters, check_groups
+from .stage import by_precision, group_settings, quantized_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +21,16 @@ if TYPE_CHECKING:
 class JointParameters(GroupParameters, SolverParameters):
     """Parameters of joint pruning and quantization: those of SparseGPT, and how what stays is quantized."""
 
+    def measured(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The inputs that an allocation and a budget ask for."""
+        return {**self.statistics(), **self.sensitivity()}
+
 
 def check_joint(parameters: JointParameters, facts: ModelFacts) -> Iterator[str]:
     """What pruning and what packing ask for."""
     yield from check_pruning(parameters, facts)
+    if any(override.bits == UNQUANTIZED for override in parameters.overrides):
+        yield "sparsegpt-gptq quantizes all layers; 16 bits are for rtn, gptq and awq"
     yield from check_groups(parameters, facts)
 
 
@@ -37,10 +44,15 @@ def check_joint(parameters: JointParameters, facts: ModelFacts) -> Iterator[str]
     paper="Frantar and Alistarh 2023, section 3.5, arXiv:2301.00774",
     check=check_joint,
     after=lambda parameters, facts: replace(facts, format="gptq", masked=True),
-    derived=JointParameters.statistics,
+    derived=JointParameters.measured,
 )
 def sparsegpt_gptq(
-    run: Run, parameters: JointParameters, model: Artifact, calibration: Artifact, measured: Artifact | None = None
+    run: Run,
+    parameters: JointParameters,
+    model: Artifact,
+    calibration: Artifact,
+    measured: Artifact | None = None,
+    sensitivity: Artifact | None = None,
 ) -> Artifact:
     """SparseGPT and GPTQ in one pass: a column's weights go or are rounded, both errors spread over those to come."""
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype
@@ -48,18 +60,15 @@ def sparsegpt_gptq(
     from ..pruning.sparsegpt import Selection
     from ..pruning.statistics import read_blocks
     from .gptq import solve
-    from .gptq_format import pack_together, quantization_config
-
-    settings = quantization_config(
-        parameters.bits, parameters.group_size, parameters.symmetric, act_order=False, damping=parameters.damping
-    )
+    from .gptq_format import pack_together
 
     def change(block: Block) -> Change:
         import torch
 
         tensors: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
-        for names in block.by_input():
+        for precision, names in by_precision(block, settings):
+            assert precision is not None
             run.stop_if_asked()
             weights = {name: block.weights[name] for name in names}
             selection = Selection(
@@ -72,8 +81,7 @@ def sparsegpt_gptq(
                 solution = solve(
                     torch.cat(list(weights.values())),
                     block.statistics[names[0]].matrix(),
-                    bits=parameters.bits,
-                    group_size=parameters.group_size,
+                    **precision._asdict(),
                     symmetric=parameters.symmetric,
                     act_order=False,
                     static_groups=False,
@@ -90,6 +98,7 @@ def sparsegpt_gptq(
     with StoredModel(run, model) as stored:
         shares = parameters.shares(stored.blocks, read_blocks(run.store, measured) if measured else None)
         patterns = parameters.patterns(shares)
+        settings = group_settings(run, parameters, stored, sensitivity, act_order=False, damping=parameters.damping)
         return quantized_checkpoint(
             run,
             stored,

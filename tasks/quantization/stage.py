@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from pydantic import Field
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..architectures import family_of
 from ..stage import ModelFacts, Parameters, Run, StageError, json_file, stage
+from .precision import GroupParameters, Precision, check_groups, precision_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from ..blocks import Block, Change, StoredModel
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class GroupParameters(Parameters):
-    """Parameters of all that is stored in GPTQ's format."""
-
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
-    group_size: int = Field(128, description="inputs that share a scale; -1 for a whole row")
-    symmetric: bool = Field(True, description="the zero point stands in the middle of the codes")
 
 
 class GptqParameters(GroupParameters):
@@ -54,30 +46,6 @@ class Int8Parameters(Parameters):
         allow_inf_nan=False,
         description="inputs from this magnitude on are not rounded when the model runs; 0 rounds all",
     )
-
-
-def check_groups(parameters: GroupParameters, facts: ModelFacts) -> Iterator[str]:
-    """Groups must fill the rows of every layer, and codes must fill int32 words both ways."""
-    bits, size = parameters.bits, parameters.group_size
-    count = 32 // gcd(bits, 32)
-    words = bits * count // 32
-    if size != -1 and size < 1:
-        yield f"group_size {size} is neither positive nor -1 (a whole row)"
-        return
-    weights = family_of(facts.config).linear_weights(facts.config)
-    for name, (rows, columns) in weights.items():
-        if size != -1 and columns % size:
-            fitting = [n for n in (32, 64, 128, 256) if all(c % n == 0 for _, c in weights.values())]
-            advice = f"{' or '.join(map(str, fitting))} would" if fitting else "-1 (a whole row) would"
-            yield f"group_size {size} does not divide the {columns} inputs of {name}; {advice}"
-            return
-        if columns % count or rows % count:
-            to_what = "a word" if words == 1 else f"{words} words"
-            yield (
-                f"{name} is {rows} x {columns}, and {bits}-bit codes are packed {count} to {to_what}, "
-                f"which needs both to be multiples of {count}"
-            )
-            return
 
 
 def check_nf4(parameters: Nf4Parameters, facts: ModelFacts) -> Iterator[str]:
@@ -113,34 +81,78 @@ def quantized_checkpoint(
         return writer.publish(format=format, quantization=settings)
 
 
+def group_settings(
+    run: Run, parameters: GroupParameters, model: StoredModel, sensitivity: Artifact | None, **further: Any
+) -> dict[str, Any]:
+    """The settings of GPTQ's format, with the precision of each layer that `parameters` ask for.
+
+    sensitivity: the losses by which a budget is spent. further: what `quantization_config` takes besides. The plan goes
+    into the notes where layers differ.
+    """
+    from .gptq_format import quantization_config
+    from .precision import bits_of_block, dynamic_of
+
+    if parameters.budget is None:
+        usual = Precision(parameters.bits, parameters.group_size)
+        if not parameters.overrides:
+            return quantization_config(*usual, parameters.symmetric, **further)
+        plan = parameters.precisions(model.config)
+    else:
+        from .sensitivity import plan_for_budget
+
+        assert sensitivity is not None
+        plan = plan_for_budget(run.store, sensitivity, parameters, model.config)
+        usual = max(dict.fromkeys(plan.values()), key=list(plan.values()).count)
+    run.note("precision", {module: precision._asdict() for module, precision in plan.items()})
+    run.note("bits_of_block", bits_of_block(plan, model.config))
+    return quantization_config(*usual, parameters.symmetric, **further, dynamic=dynamic_of(plan, usual, model.config))
+
+
+def by_precision(block: Block, settings: Mapping[str, Any]) -> Iterator[tuple[Precision | None, list[str]]]:
+    """The block's weights, those together that read the same input and get the same precision; None: none at all."""
+    for names in block.by_input():
+        alike: dict[Precision | None, list[str]] = {}
+        for name in names:
+            alike.setdefault(precision_of(settings, name.removesuffix(".weight")), []).append(name)
+        yield from alike.items()
+
+
 @stage(
     "quantize",
     "rtn",
     version=1,
     parameters=GroupParameters,
-    inputs={"model": "checkpoint"},
+    inputs={"model": "checkpoint", "calibration": "tokens"},
+    passed_on=frozenset({"calibration"}),
     output="checkpoint",
     paper="the baseline of Frantar et al. 2022, arXiv:2210.17323",
     check=check_groups,
     after=lambda parameters, facts: replace(facts, format="gptq"),
+    derived=GroupParameters.sensitivity,
 )
-def rtn(run: Run, parameters: GroupParameters, model: Artifact) -> Artifact:
+def rtn(run: Run, parameters: GroupParameters, model: Artifact, sensitivity: Artifact | None = None) -> Artifact:
     """Round to nearest: each weight by itself, without data. Stored in GPTQ's format."""
     from ..blocks import Change, StoredModel
-    from .gptq_format import pack, quantization_config
+    from .gptq_format import pack
     from .grid import round_to_nearest
-
-    asked = parameters.model_dump()
-    settings = quantization_config(**asked)
 
     def change(block: Block) -> Change:
         tensors: dict[str, Tensor] = {}
+        replaced = set()
         for name, weight in block.weights.items():
-            solution = round_to_nearest(weight, **asked, keep=block.masks.get(name))
-            tensors.update(pack(name.removesuffix(".weight"), solution, settings))
-        return Change(tensors, frozenset(block.weights))
+            module = name.removesuffix(".weight")
+            precision = precision_of(settings, module)
+            if precision is None:
+                continue
+            solution = round_to_nearest(
+                weight, **precision._asdict(), symmetric=parameters.symmetric, keep=block.masks.get(name)
+            )
+            tensors.update(pack(module, solution, settings))
+            replaced.add(name)
+        return Change(tensors, frozenset(replaced))
 
     with StoredModel(run, model) as stored:
+        settings = group_settings(run, parameters, stored, sensitivity)
         return quantized_checkpoint(run, stored, change, settings)
 
 
@@ -154,34 +166,31 @@ def rtn(run: Run, parameters: GroupParameters, model: Artifact) -> Artifact:
     paper="Frantar et al. 2022, arXiv:2210.17323",
     check=check_groups,
     after=lambda parameters, facts: replace(facts, format="gptq"),
+    derived=GptqParameters.sensitivity,
 )
-def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Artifact) -> Artifact:
+def gptq(
+    run: Run, parameters: GptqParameters, model: Artifact, calibration: Artifact, sensitivity: Artifact | None = None
+) -> Artifact:
     """Second-order quantization: min ||W X - Q X||^2 column by column, each error spread over the columns to come."""
     import torch
 
     from ..blocks import Change, StoredModel, read_windows, resolve_dtype
     from ..gram import Gram
     from .gptq import solve
-    from .gptq_format import pack_together, quantization_config
-
-    settings = quantization_config(
-        parameters.bits,
-        parameters.group_size,
-        parameters.symmetric,
-        act_order=parameters.act_order,
-        damping=parameters.damping,
-    )
+    from .gptq_format import pack_together
 
     def change(block: Block) -> Change:
         tensors: dict[str, Tensor] = {}
-        for names in block.by_input():
+        replaced: set[str] = set()
+        for precision, names in by_precision(block, settings):
+            if precision is None:
+                continue
             weight = torch.cat([block.weights[name] for name in names])
             try:
                 solution = solve(
                     weight,
                     block.statistics[names[0]].matrix(),
-                    bits=parameters.bits,
-                    group_size=parameters.group_size,
+                    **precision._asdict(),
                     symmetric=parameters.symmetric,
                     act_order=parameters.act_order,
                     static_groups=parameters.static_groups,
@@ -191,9 +200,13 @@ def gptq(run: Run, parameters: GptqParameters, model: Artifact, calibration: Art
             except ValueError as error:
                 raise StageError(f"GPTQ failed on {names[0]}: {error}") from error
             tensors.update(pack_together({name: block.weights[name] for name in names}, solution, settings))
-        return Change(tensors, frozenset(block.weights))
+            replaced.update(names)
+        return Change(tensors, frozenset(replaced))
 
     with StoredModel(run, model) as stored:
+        settings = group_settings(
+            run, parameters, stored, sensitivity, act_order=parameters.act_order, damping=parameters.damping
+        )
         return quantized_checkpoint(
             run,
             stored,

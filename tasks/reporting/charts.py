@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ class Chart:
 
 def charts(document: Mapping[str, Any]) -> list[Chart]:
     """All charts for which the document of `run --json` has figures."""
-    found = [perplexity_by_sparsity(document), shares_by_block(document)]
+    found = [perplexity_by_sparsity(document), shares_by_block(document), bits_by_block(document)]
     return [chart for chart in found if chart is not None]
 
 
@@ -94,30 +94,39 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
 
 def shares_by_block(document: Mapping[str, Any]) -> Chart | None:
     """The share removed of each block, bars for each stage whose blocks differ; None when none do."""
-    stages = [stage for stage in document["stages"] if _differ(stage.get("shares_by_block") or [])]
-    if not stages:
+    shares = _uneven(document, "shares_by_block", 0.002)
+    percent = {name: [100 * share for share in values] for name, values in shares.items()}
+    return _bars("Share of each block that was removed", "%", percent, lambda share: f"{share:.1f} %")
+
+
+def bits_by_block(document: Mapping[str, Any]) -> Chart | None:
+    """The mean bits of each block's weights, bars for each stage whose blocks differ; None when none do."""
+    bits = _uneven(document, "bits_by_block", 0.01)
+    return _bars("Bits of each block's codes, on average", "bits", bits, lambda mean: f"{mean:.2f}")
+
+
+def _uneven(document: Mapping[str, Any], key: str, least: float) -> dict[str, list[float]]:
+    """{stage: its blocks' values} where they differ by more than `least`."""
+    given = {stage["name"]: stage.get(key) or [] for stage in document["stages"]}
+    return {name: values for name, values in given.items() if values and max(values) - min(values) > least}
+
+
+def _bars(title: str, unit: str, values: Mapping[str, list[float]], write: Callable[[float], str]) -> Chart | None:
+    if not values:
         return None
-    shown = stages[:_MOST_PANELS]
+    shown = dict(list(values.items())[:_MOST_PANELS])
     figure, panels = _figure(len(shown), 1.3 * len(shown) + 0.6)
-    for axes, stage in zip(panels, shown, strict=True):
-        shares = [100 * share for share in stage["shares_by_block"]]
-        axes.bar(range(len(shares)), shares, color="0.45")
-        room = max(max(shares) - min(shares), 1e-9)
-        axes.set_ylim(max(0.0, min(shares) - room), max(shares) + 0.2 * room)
-        axes.axhline(sum(shares) / len(shares), color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(stage["name"], fontsize=9, loc="left")
-        axes.set_ylabel("%")
+    for axes, (name, heights) in zip(panels, shown.items(), strict=True):
+        axes.bar(range(len(heights)), heights, color="0.45")
+        room = max(max(heights) - min(heights), 1e-9)
+        axes.set_ylim(max(0.0, min(heights) - room), max(heights) + 0.2 * room)
+        axes.axhline(sum(heights) / len(heights), color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_ylabel(unit)
     panels[-1].set_xlabel("block (dashed: the mean of all blocks)")
-    words = "; ".join(
-        f"{stage['name']}: " + ", ".join(f"{100 * share:.1f} %" for share in stage["shares_by_block"])
-        for stage in shown
-    )
-    left = f" The first {len(shown)} of {len(stages)}." if len(stages) > len(shown) else ""
-    return Chart("Share of each block that was removed", words + left, _svg(figure))
-
-
-def _differ(shares: Sequence[float]) -> bool:
-    return bool(shares) and max(shares) - min(shares) > 0.002
+    words = "; ".join(f"{name}: " + ", ".join(map(write, heights)) for name, heights in shown.items())
+    left = f" The first {len(shown)} of {len(values)}." if len(values) > len(shown) else ""
+    return Chart(title, words + left, _svg(figure))
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Any]]:

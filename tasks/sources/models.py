@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ...storage.artifacts import Artifact, ArtifactWriter
-from ..architectures import Family, family_of, linear_parameters
+from ..architectures import Family, block_count, family_of, linear_parameters
 from ..stage import Parameters, Run, json_file, stage
 from .locate import MODEL_FILES, SourceError, check_model, hub_commit, locate, model_content, read_config, weight_files
 
@@ -111,12 +111,14 @@ def _by_block(family: Family, names: Any) -> dict[int | None, list[str]]:
 
 
 def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    from ..quantization.gptq_format import PACKABLE_BITS
+    from ..quantization.precision import PACKABLE_BITS
 
     settings = config.get("quantization_config")
     if not settings:
         return "dense", None
     method = settings.get("quant_method")
+    if method == "gptq" and settings.get("dynamic"):
+        _check_dynamic(settings, config)
     known_format = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
     readable = known_format and settings.get("bits") in PACKABLE_BITS
     if method == "gptq" and readable:
@@ -130,6 +132,25 @@ def _packed_format(config: Mapping[str, Any]) -> tuple[str, dict[str, Any] | Non
     raise SourceError(
         f"the model is quantized by '{method}' in a form that can't be read here; start from its unquantized version"
     )
+
+
+def _check_dynamic(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuses bits that can't be read, and patterns whose order counts: files here are kept with sorted keys."""
+    from ..quantization.precision import PACKABLE_BITS, precision_of
+
+    in_order = {**settings, "dynamic": dict(sorted(settings["dynamic"].items()))}
+    family = family_of(config)
+    for index in range(block_count(config)):
+        for linear in family.linears:
+            module = f"{family.block_prefix(index)}{linear.name}"
+            precision = precision_of(settings, module)
+            if precision is not None and precision.bits not in PACKABLE_BITS:
+                raise SourceError(f"{module} is quantized to {precision.bits} bits, which can't be read here")
+            if precision != precision_of(in_order, module):
+                raise SourceError(
+                    f"several patterns of 'dynamic' in the model's quantization_config match {module}, and which comes "
+                    "first decides; write patterns that don't overlap"
+                )
 
 
 def _open(parameters: ModelParameters) -> Opened:

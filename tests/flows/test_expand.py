@@ -32,3 +32,12 @@ def test_axes_of_equal_name_are_told_apart_by_their_stage() -> None:
     first = [Instance("a[bits=4]", ((("a", "bits"), 4),))]
     (joined,) = join_instances("b", [first], (("bits", 8),))
     assert joined.instance.name == "b[a.bits=4,b.bits=8]"
+
+
+def test_mappings_and_lists_of_them_can_be_values() -> None:
+    rules = [{"modules": ["a", "b"], "bits": 8}, {"layers": [1], "bits": 2}]
+    combinations = list(expand_matrix({"budget": [{"bits_per_weight": 3.5}, {"bits_per_weight": 4}], "rules": [rules]}))
+    assert len(set(combinations)) == 2
+    assert combinations[1][0] == ("budget", {"bits_per_weight": 4})
+    (joined,) = join_instances("q", [], combinations[1])
+    assert joined.instance.name == "q[budget=bits_per_weight:4,rules=modules:a+b,bits:8+layers:1,bits:2]"

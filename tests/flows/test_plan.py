@@ -38,7 +38,7 @@ def test_the_preimage_of_a_default_run_never_changes_unnoticed() -> None:
     defaults = {name: info.default for name, info in stage_named("quantize/gptq").parameters.model_fields.items()}
     assert defaults == {
         "bits": 4, "group_size": 128, "symmetric": True, "act_order": False, "static_groups": False, "damping": 0.01,
-        "dtype": "auto",
+        "dtype": "auto", "overrides": (), "budget": None, "choices": None,
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from coldpress.tasks.reporting.charts import charts, curves, perplexity_by_sparsity, shares_by_block
+from coldpress.tasks.reporting.charts import bits_by_block, charts, curves, perplexity_by_sparsity, shares_by_block
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -50,4 +50,8 @@ def test_bars_are_drawn_for_stages_whose_blocks_differ() -> None:
     assert chart is not None
     assert chart.words == "uneven: 40.0 %, 60.0 %"
     assert shares_by_block(document(stages=stages[:1])) is None
+    stages = [{"name": "mixed", "stage": "quantize/x", "bits_by_block": [3.25, 4.0]}]
+    (only,) = charts(document(stages=stages, variants=[]))
+    assert only == bits_by_block(document(stages=stages))
+    assert only.words == "mixed: 3.25, 4.00"
     assert charts(document(stages=[], variants=[])) == []

@@ -382,3 +382,24 @@ def test_gptq_and_awq_are_better_than_plain_rounding(
     dense = perplexity(base, wikitext["test"])
     assert dense < gptq < rounded
     assert dense < awq < rounded
+
+
+def test_bits_by_sensitivity_are_better_than_what_equal_ones_promise_for_the_size(
+    stage: Stage,
+    shared_store: Store,
+    base: Artifact,
+    wikitext: dict[str, Artifact],
+    perplexity: Callable[[Artifact, Artifact], float],
+) -> None:
+    def figures(model: Artifact) -> tuple[float, float]:
+        metrics = json.loads(shared_store.read_file(stage("evaluate/size", {"model": model}), "metrics.json"))
+        return metrics["bits_per_weight"], math.log(perplexity(model, wikitext["test"]))
+
+    settings: dict[str, Any] = {"group_size": 64, "symmetric": False}
+    inputs = {"model": base, "calibration": wikitext["calibration"]}
+    (few, worst), (many, best) = (
+        figures(stage("quantize/rtn", {"model": base}, **settings, bits=bits)) for bits in (3, 4)
+    )
+    bits, found = figures(stage("quantize/rtn", inputs, **settings, budget={"bits_per_weight": 3.5}))
+    assert 3.48 < bits <= 3.5
+    assert found < worst + (best - worst) * (bits - few) / (many - few) - 0.1
