@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
@@ -34,7 +34,12 @@ def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
 
 
 def _has_parts(stage: Stage, parameter: str) -> bool:
-    """Whether a parameter is a mapping with fields of its own."""
+    """Whether a parameter is a mapping with fields of its own, or a list of such."""
     field = stage.parameters.model_fields.get(parameter)
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+    return field is not None and _is_model(field.annotation)
+
+
+def _is_model(kind: Any) -> bool:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return True
+    return any(_is_model(part) for part in get_args(kind))

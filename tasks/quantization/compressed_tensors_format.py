@@ -26,11 +26,12 @@ from ...storage.errors import ColdpressError
 from ...storage.export import Contents, Part, Read, stored_part
 from ...storage.store import Store
 from ...storage.tensors import from_torch, to_torch
-from ..architectures import family_of
+from ..architectures import block_count, family_of
 from ..stage import json_file
 from . import awq_format
 from .awq_format import unpack_columns
 from .gptq_format import PARTS, pack_rows
+from .precision import Precision, precision_of
 
 NAME = "compressed-tensors"
 
@@ -51,28 +52,41 @@ def contents(store: Store, artifact: Artifact) -> Contents:
         if quantization.get("desc_act"):
             for module in modules:
                 name = f"{module}.g_idx"
-                _check_order(module, reader.tensors([name])[name], int(quantization["group_size"]))
+                _check_order(module, reader.tensors([name])[name], _precision(quantization, module).group_size)
     packed = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: stored_part(manifest, name) for name in manifest.tensors if name not in packed}
     for module in modules:
         tensors.update(_parts(manifest, module))
     family = family_of(config)
-    outside = [n for n, part in tensors.items() if len(part.shape) == 2 and family.block_of(n) is None]
-    settings = quantization_config(quantization, (name.removesuffix(".weight") for name in outside))
+    linears = {
+        family.block_prefix(index) + linear.name for index in range(block_count(config)) for linear in family.linears
+    }
+    outside = {name for name, part in tensors.items() if len(part.shape) == 2 and family.block_of(name) is None}
+    dense = {name.removesuffix(".weight") for name in outside} | linears - set(modules)
+    settings = quantization_config(quantization, modules, dense)
     files: dict[str, str | bytes] = {n: blob for n, blob in manifest.files.items() if n != "quantize_config.json"}
     files["config.json"] = json_file({**config, "quantization_config": settings})
     return Contents("checkpoint", tensors, files)
 
 
-def quantization_config(quantization: Mapping[str, Any], dense: Iterable[str]) -> dict[str, Any]:
-    """What goes into config.json under `quantization_config`. dense: modules outside the blocks."""
-    whole_rows = quantization["group_size"] == -1
+def quantization_config(
+    quantization: Mapping[str, Any], modules: Iterable[str], dense: Iterable[str]
+) -> dict[str, Any]:
+    """What goes into config.json under `quantization_config`. modules: the quantized ones; dense: the others."""
+    several = {precision for module in modules if (precision := precision_of(quantization, module))}
+    if len(several) != 1:
+        raise ColdpressError(
+            f"the layers have several bit widths or group sizes, and transformers reads {NAME} by those of the first "
+            "alone; export the checkpoint as it is stored"
+        )
+    (precision,) = several
+    whole_rows = precision.group_size == -1
     weights = {
         "type": "int",
-        "num_bits": quantization["bits"],
+        "num_bits": precision.bits,
         "symmetric": _symmetric(quantization),
         "strategy": "channel" if whole_rows else "group",
-        "group_size": None if whole_rows else quantization["group_size"],
+        "group_size": None if whole_rows else precision.group_size,
         "dynamic": False,
     }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
@@ -112,6 +126,13 @@ def _check_order(module: str, group_index: Tensor, group_size: int) -> None:
         )
 
 
+def _precision(quantization: Mapping[str, Any], module: str) -> Precision:
+    """Of a quantized module."""
+    precision = precision_of(quantization, module)
+    assert precision is not None
+    return precision
+
+
 def _symmetric(quantization: Mapping[str, Any]) -> bool:
     return bool(quantization.get("sym", False))  # AWQ's own format doesn't say: it is always asymmetric
 
@@ -119,7 +140,7 @@ def _symmetric(quantization: Mapping[str, Any]) -> bool:
 def _parts(manifest: Manifest, module: str) -> dict[str, Part]:
     """The tensors of a layer by their names in the folder."""
     quantization = manifest.quantization or {}
-    bits = int(quantization["bits"])
+    bits = _precision(quantization, module).bits
     groups, rows = manifest.tensors[f"{module}.scales"].shape
     first = manifest.tensors[f"{module}.qweight"].shape[0]
     awq = manifest.format == "awq"  # packed along the outputs; GPTQ's format packs along the inputs

@@ -32,6 +32,9 @@ def converted(export_folder: Callable[..., str]) -> Callable[[Artifact], Path]:
     return lambda artifact: Path(export_folder(artifact, format=NAME))
 
 
+LEFT = ({"modules": ["o_proj"], "layers": [0], "bits": 16},)
+
+
 @pytest.fixture
 def variants(
     import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
@@ -45,6 +48,7 @@ def variants(
         "whole rows": ("gptq", llama, {"group_size": -1, "act_order": True, "symmetric": False}),
         "static groups": ("gptq", llama, {"act_order": True, "static_groups": True, "bits": 8}),
         "pruned": ("gptq", pruned, {"symmetric": False}),
+        "one left": ("gptq", llama, {"symmetric": False, "overrides": LEFT}),
         "joint": ("sparsegpt-gptq", llama, {"sparsity": 0.5}),
         "awq, 3 bit": ("awq", llama, {"bits": 3}),
         "awq in its own format": ("awq", llama, {"format": "awq"}),
@@ -110,7 +114,9 @@ def test_folders_load_in_transformers_with_the_stored_weights(
     for name, loaded in load_elsewhere(COMPRESSED_TENSORS, ids, variants, format=NAME).items():
         expected = dense_weights(variants[name])
         assert loaded.weights.keys() - expected.keys() <= {"lm_head"}, name
-        assert all(torch.equal(loaded.weights[layer], expected[layer].half().float()) for layer in expected), name
+        packed = {layer for layer in expected if (name, layer) != ("one left", "model.layers.0.self_attn.o_proj")}
+        assert all(torch.equal(loaded.weights[layer], expected[layer].half().float()) for layer in packed), name
+        assert all(torch.equal(loaded.weights[layer], expected[layer]) for layer in expected.keys() - packed), name
         assert (loaded.logits - block_loop_logits(variants[name], ids)).abs().mean() < 0.005, name
         with ArtifactReader(store, variants[name]) as reader:
             shapes = {f"{layer}.weight": (len(weight), weight.shape[1]) for layer, weight in expected.items()}
@@ -216,6 +222,7 @@ def test_a_check_without_the_package_that_loads_the_format_says_what_to_install(
         (None, {}, "and this checkpoint is dense; export it as it is stored"),
         ("prune/magnitude", {"sparsity": 0.5}, "no format for pruned dense weights since version 0.15"),
         ("prune/magnitude", {"pattern": "2:4"}, "took sparse-bitmask and sparse-24-bitmask out"),
+        ("quantize/rtn", {"group_size": 32, "overrides": ({"modules": ["v_proj"], "bits": 8},)}, "several bit widths"),
         ("quantize/nf4", {}, "is in the format bitsandbytes, which it can't express"),
         ("quantize/int8", {}, "is in the format bitsandbytes, which it can't express"),
         ("source/tokens", {}, "a format of checkpoints, and this is of the kind 'tokens'"),
