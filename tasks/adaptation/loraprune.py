@@ -27,7 +27,8 @@ def weight_gradient(a: Tensor, b: Tensor, gradient_a: Tensor, gradient_b: Tensor
     """What stands for the gradient of W + scale B A, [out_features, in_features]: scale (g_B A + B g_A - g_B g_A).
 
     It is what a step of length one against the gradients of A [rank, in_features] and B [out_features, rank] takes away
-    from the sum. Zhang et al. 2023, section 3.2.
+    from the sum; of the gradients before they are clipped, whose length decides how much their product counts.
+    Zhang et al. 2023, section 3.2.
     """
     # g_B A + (B - g_B) g_A: two products instead of three.
     return (gradient_b @ a).addmm_(b - gradient_b, gradient_a).mul_(scale)

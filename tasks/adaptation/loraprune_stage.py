@@ -106,7 +106,6 @@ def _after(parameters: LoraPruneParameters, facts: ModelFacts) -> ModelFacts:
     paper="Zhang et al. 2023 (LoRAPrune), arXiv:2305.18403",
     check=check_loraprune,
     after=_after,
-    bits_written=17,
 )
 def loraprune(run: Run, parameters: LoraPruneParameters, model: Artifact, data: Artifact) -> Artifact:
     """Width: heads and channels go bit by bit while LoRA learns, whose gradients say which; LoRA is merged at the end.
@@ -159,10 +158,8 @@ def train_pruned(
             total: dict[str, Tensor] = {}
             for name, linear in stored.linears(index).items():
                 layer = lora_of(network.layers[name])
-                if layer is None:
-                    continue
-                assert layer.a.grad is not None
-                assert layer.b.grad is not None
+                if layer is None or layer.a.grad is None or layer.b.grad is None:
+                    continue  # it does not learn, or no token of the batch counts
                 weight = layer.frozen.weight_of()
                 sensitive = sensitivity(weight, layer.a, layer.b, layer.a.grad, layer.b.grad, layer.scale)
                 for part, score in part_scores(linear, sensitive, before).items():
