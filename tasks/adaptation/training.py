@@ -100,14 +100,15 @@ def train(
     save_at_end: bool = False,
     before_update: Callable[[int], None] = lambda step: None,
     after_update: Callable[[int, float], None] = lambda step, rate: None,
+    may_rise: bool = False,
 ) -> list[float]:
     """Train `learned` in place. Returns the mean loss of each step.
 
     loss: of token ids [windows, length] and what counts of them [windows, length - 1], summed over what counts.
     phase: tells several trainings of one stage apart in its journal. memory: further tensors that the two functions
-    change in place; they are kept with the rest. save_at_end: whether the
-    stage goes on after this training. before_update: called with gradients complete; after_update:
-    called with the weights changed, with the step's learning rate.
+    change in place; they are kept with the rest. save_at_end: whether the stage goes on after this training.
+    before_update: called with gradients complete; after_update: called with the weights changed, with the step's
+    learning rate. may_rise: a rising loss is no error, since weights are removed on the way.
     """
     journal = run.journal
     assert journal is not None
@@ -148,7 +149,7 @@ def train(
             group["lr"] = rate
         losses.append(_gradients(run, parameters, examples, loss, step, seed))
         before_update(step)
-        _check(losses, learned, parameters)
+        _check(losses, learned, parameters, may_rise)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         after_update(step, rate)
@@ -182,7 +183,9 @@ def _gradients(
     return value
 
 
-def _check(losses: list[float], learned: Mapping[str, nn.Parameter], parameters: TrainingParameters) -> None:
+def _check(
+    losses: list[float], learned: Mapping[str, nn.Parameter], parameters: TrainingParameters, may_rise: bool
+) -> None:
     """Clip the gradients. Raises StageError when training has gone wrong; the last saved step stays."""
     step = len(losses)
     norm = torch.nn.utils.clip_grad_norm_(learned.values(), parameters.max_grad_norm or math.inf)
@@ -193,7 +196,7 @@ def _check(losses: list[float], learned: Mapping[str, nn.Parameter], parameters:
             "or set dtype to float32"
         )
     recent = sum(losses[-SPAN:]) / SPAN
-    if step > SPAN and recent > 1.5 * losses[0] + 0.5:
+    if not may_rise and step > SPAN and recent > 1.5 * losses[0] + 0.5:
         raise StageError(
             f"training diverges: the loss was {losses[0]:.3f} in the first step and is {recent:.3f} in the last {SPAN} "
             f"up to step {step}; lower learning_rate ({parameters.learning_rate:g})"

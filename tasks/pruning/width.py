@@ -233,6 +233,17 @@ def features_left(word: str, widths: Widths, left: Left) -> Tensor | None:
     return None
 
 
+def share_left(linear: Linear, before: Widths, left: Left) -> float:
+    """What stays of a layer's weights."""
+    share = 1.0
+    for word in (linear.outputs, linear.inputs):
+        if word in ("query", "key"):
+            share *= len(left.groups) / before.groups
+        elif word == "width":
+            share *= len(left.channels) / before.channels
+    return share
+
+
 def _group_features(word: str, widths: Widths) -> int:
     return widths.head * (widths.heads_per_group if word == "query" else 1)
 

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
 from ..architectures import (
-    Linear,
     UnsupportedModel,
     Widths,
     block_count,
@@ -35,6 +34,7 @@ from .width import (
     magnitude_sp_score,
     narrow,
     removed_output,
+    share_left,
     uniform_counts,
     wanda_sp_score,
 )
@@ -196,7 +196,8 @@ def _new_biases(parameters: WidthParameters, config: Mapping[str, Any]) -> tuple
     return () if has_biases(config) else parameters.biased
 
 
-def _after(parameters: WidthParameters, facts: ModelFacts) -> ModelFacts:
+def facts_after(parameters: WidthParameters, facts: ModelFacts) -> ModelFacts:
+    """The facts of the narrower checkpoint; blocks of widths of their own are taken as wide as they can get."""
     masked = facts.masked or not parameters.uniform
     return ModelFacts(_config_after(parameters, facts), facts.format, masked)
 
@@ -239,7 +240,7 @@ def _narrow(
                 every = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in block.weights.items()}
                 masks = {**every, **masks}
             narrowed = narrow(tensors, block.linears, before, left, padded)
-            removed = {name: 1 - _share_left(linear, before, left) for name, linear in block.linears.items()}
+            removed = {name: 1 - share_left(linear, before, left) for name, linear in block.linears.items()}
             return Change(
                 narrowed,
                 frozenset(narrowed),
@@ -267,17 +268,6 @@ def _narrow(
 def _written_layers(block: Block) -> dict[str, str]:
     """{what its input is made of ("query", "width"): weight} of the layers that write to the residual stream."""
     return {linear.inputs: name for name, linear in block.linears.items() if linear.inputs in ("query", "width")}
-
-
-def _share_left(linear: Linear, before: Widths, left: Left) -> float:
-    """What stays of a layer's weights."""
-    share = 1.0
-    for word in (linear.outputs, linear.inputs):
-        if word in ("query", "key"):
-            share *= len(left.groups) / before.groups
-        elif word == "width":
-            share *= len(left.channels) / before.channels
-    return share
 
 
 def _by_score(
@@ -310,7 +300,7 @@ def _config(run: Run, model: Artifact) -> dict[str, Any]:
     return config
 
 
-_WIDTH: dict[str, Any] = {"output": "checkpoint", "check": check_width, "after": _after}
+_WIDTH: dict[str, Any] = {"output": "checkpoint", "check": check_width, "after": facts_after}
 _CALIBRATED: dict[str, Any] = {**_WIDTH, "inputs": {"model": "checkpoint", "calibration": "tokens"}}
 _MEASURED: dict[str, Any] = {**_CALIBRATED, "passed_on": frozenset({"calibration"})}
 
