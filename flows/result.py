@@ -23,6 +23,7 @@ class StageResult:
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
     its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
     died before it did). shares_by_block: of a stage that removes weights, the share of each block's linear weights.
+    losses: of a stage that trains, the mean loss of each step, in nats per token.
     """
 
     name: str
@@ -35,6 +36,7 @@ class StageResult:
     seconds: float | None = None  # of computing it, now or when it was computed
     peak_memory_bytes: int | None = None
     shares_by_block: list[float] | None = None
+    losses: list[float] | None = None
     error: str | None = None
 
 
@@ -80,6 +82,7 @@ class RunResult:
             entry.linear_weights = action.provenance.get("linear_weights")
             shares = action.provenance.get("share_of_block")
             entry.shares_by_block = [shares[str(block)] for block in range(len(shares))] if shares else None
+            entry.losses = action.provenance.get("training", {}).get("losses")
 
 
 def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:

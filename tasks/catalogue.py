@@ -7,6 +7,7 @@ import difflib
 from .adaptation import compensation as _compensation
 from .adaptation import lora_stage as _lora
 from .adaptation import merging as _merging
+from .adaptation import rank_stage as _rank
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -23,7 +24,7 @@ from .stage import CATALOGUE, Stage
 
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _quantization, _awq, _joint, _compensation,
-    _lora, _merging, _perplexity, _size,
+    _lora, _rank, _merging, _perplexity, _size,
 )  # fmt: skip
 
 

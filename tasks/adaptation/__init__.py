@@ -6,6 +6,9 @@
 - `network.py`       a whole model in memory whose linear layers are replaced by
 - `layers.py`        frozen, low-rank, masked low-rank and masked full ones
 - `lora_stage.py`    the stages lora, sparse-lora and full
+- `adalora.py`       importance, budget and orthogonality of AdaLoRA (maths)
+- `diagonal.py`      low-rank layers whose directions can be switched off, SoRA's proximal step
+- `rank_stage.py`    the stages adalora and sora
 - `merging.py`       the stage that adds an adapter to its checkpoint's weights
 - `peft_format.py`   how an adapter's tensors and its configuration are written, and what they stand for
 """
