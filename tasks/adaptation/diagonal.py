@@ -25,8 +25,9 @@ class DiagonalLora(Lora):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
-        low = linear(dropout(inputs, self.dropout), self.a.to(inputs.dtype)) * self.diagonal.to(inputs.dtype)
-        result: Tensor = self.frozen(inputs) + linear(low, self.b.to(inputs.dtype)) * self.scale
+        factors = (self.diagonal * self.scale).to(inputs.dtype)
+        low = linear(dropout(inputs, self.dropout), self.a.to(inputs.dtype)) * factors
+        result: Tensor = self.frozen(inputs) + linear(low, self.b.to(inputs.dtype))
         return result
 
     def rank(self) -> int:

@@ -83,4 +83,4 @@ def test_smoothing_takes_the_mean_with_neighbours_on_both_sides() -> None:
     spike = [0.0] * 100
     spike[50] = 5.0
     assert smoothed(spike) == [0.0] * 48 + [1.0] * 5 + [0.0] * 47
-    assert smoothed(spike[50:])[:3] == [2.5, 2.5, 0.0]  # 50 steps: one neighbour on each side
+    assert smoothed(spike[50:])[:3] == [5 / 2, 5 / 3, 0.0]  # 50 steps: one neighbour on each side
