@@ -31,7 +31,7 @@ def remaining(seconds: float) -> str:
 
 
 class Pace:
-    """Estimates the time left from the steps done so far of what the stage is at; each activity has a pace of its own."""
+    """Estimates the time left from the steps done so far of what a stage is at; each activity has its own pace."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None

@@ -164,5 +164,5 @@ def _with_term(weight: Tensor | None, a: Tensor, b: Tensor, mask: Tensor, scale:
 
 
 def _as_numbers(mask: Tensor) -> Tensor:
-    """A bool tensor as one of zeros and ones in the same memory, for a product with bool takes thrice as long on CPUs."""
+    """A bool tensor as zeros and ones in the same memory; a product with bool takes thrice as long on CPUs."""
     return mask.view(torch.uint8)

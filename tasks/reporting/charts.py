@@ -119,7 +119,7 @@ def shares_by_block(document: Mapping[str, Any]) -> Chart | None:
 
 
 def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
-    """The loss of each training step, a smoothed curve a stage over its own faint one; None when nothing was trained."""
+    """The loss of each training step, a smoothed curve a stage over a faint one; None when nothing was trained."""
     stages = [stage for stage in document["stages"] if len(stage.get("losses") or []) > 1]
     if not stages:
         return None
@@ -156,7 +156,7 @@ def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Each loss's mean with its neighbours, a twentieth of all together; at the ends there are some on one side only."""
+    """Each loss's mean with its neighbours, a twentieth of all together; at the ends some on one side only."""
     reach = len(losses) // _SMOOTHED // 2
     parts = (losses[max(0, step - reach) : step + reach + 1] for step in range(len(losses)))
     return [sum(part) / len(part) for part in parts]

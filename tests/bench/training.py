@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 from .measuring import Row, in_turns, ratio
@@ -94,4 +95,4 @@ def _peft_step(folder: str, windows: Any) -> float:
 
 
 def _least_between(ends: list[float]) -> float:
-    return min(after - before for before, after in zip(ends, ends[1:], strict=False))
+    return min(after - before for before, after in pairwise(ends))
