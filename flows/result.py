@@ -25,6 +25,7 @@ class StageResult:
     its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
     died before it did). shares_by_block: of a stage that removes weights, the share of each block's linear weights.
     bits_by_block: of one that gives layers their own precision, the mean bits of each block's weights.
+    losses: of a stage that trains, the mean loss of each step, in nats per token.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StageResult:
     peak_memory_bytes: int | None = None
     shares_by_block: list[float] | None = None
     bits_by_block: list[float] | None = None
+    losses: list[float] | None = None
     error: str | None = None
 
 
@@ -86,6 +88,7 @@ class RunResult:
             entry.linear_weights = action.provenance.get("linear_weights")
             entry.shares_by_block = _by_block(action.provenance.get("share_of_block"))
             entry.bits_by_block = _by_block(action.provenance.get("bits_of_block"))
+            entry.losses = action.provenance.get("training", {}).get("losses")
 
 
 def _by_block(noted: Mapping[str, float] | None) -> list[float] | None:

@@ -31,16 +31,18 @@ def remaining(seconds: float) -> str:
 
 
 class Pace:
-    """Estimates the time left from the steps done so far."""
+    """Estimates the time left from the steps done so far of what a stage is at; each activity has its own pace."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None
+        self._at: tuple[str, int] | None = None
 
     def describe(self, what: str, done: int, total: int) -> str:
-        """ "pruning 17/32, 4 min left"."""
+        """ "pruning 17/32, 4 min left"; `what` may go on after a comma with a figure that changes."""
         now = time.monotonic()
-        if self._start is None or done < self._start[1]:
-            self._start = (now, done)
+        at = (what.partition(",")[0], total)
+        if self._start is None or at != self._at or done < self._start[1]:
+            self._start, self._at = (now, done), at
         began, first = self._start
         text = f"{what} {done}/{total}"
         if done > first and done < total:

@@ -9,6 +9,7 @@ from .adaptation import lora_stage as _lora
 from .adaptation import loraprune_stage as _loraprune
 from .adaptation import losa_stage as _losa
 from .adaptation import merging as _merging
+from .adaptation import rank_stage as _rank
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -26,7 +27,7 @@ from .stage import CATALOGUE, Stage
 
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _sensitivity, _quantization, _awq, _joint,
-    _compensation, _lora, _losa, _loraprune, _merging, _perplexity, _size,
+    _compensation, _lora, _losa, _loraprune, _rank, _merging, _perplexity, _size,
 )  # fmt: skip
 
 

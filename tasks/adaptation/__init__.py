@@ -8,6 +8,9 @@
 - `lora_stage.py`    the stages lora, sparse-lora and full
 - `losa.py`          LoSA's schedules and ranks (maths)
 - `losa_stage.py`    LoSA: rounds of pruning and training
+- `adalora.py`       importance, budget and orthogonality of AdaLoRA (maths)
+- `diagonal.py`      low-rank layers whose directions can be switched off, SoRA's proximal step
+- `rank_stage.py`    the stages adalora and sora
 - `merging.py`       the stage that adds an adapter to its checkpoint's weights
 - `peft_format.py`   how an adapter's tensors and its configuration are written, and what they stand for
 """

@@ -118,10 +118,10 @@ class MaskedWeight(nn.Module):
         self.bias_value = frozen.bias_value
         weight = frozen.weight_of().detach().float().clone()
         if mask is not None:
-            weight.mul_(mask)
+            weight.mul_(_as_numbers(mask))
         self.weight = nn.Parameter(weight)
         if mask is not None:
-            self.weight.register_hook(lambda gradient: gradient * mask)
+            self.weight.register_hook(lambda gradient: gradient * _as_numbers(mask))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return linear(inputs, self.weight.to(inputs.dtype), self.bias_value)
@@ -172,7 +172,7 @@ class _MaskedLinear(torch.autograd.Function):
             weight = _with_term(None if weight_of is None else weight_of(), a, b, mask, ctx.scale)
             onward = upstream @ weight.to(upstream.dtype)
         flat = upstream.reshape(-1, upstream.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])
-        gradient = flat.float().mul_(mask).mul_(ctx.scale)
+        gradient = flat.float().mul_(_as_numbers(mask)).mul_(ctx.scale)
         return onward, b.T @ gradient, gradient @ a.T, None, None, None, None
 
 
@@ -181,4 +181,9 @@ def _with_term(weight: Tensor | None, a: Tensor, b: Tensor, mask: Tensor, scale:
     term = (b @ a).mul_(scale)
     if weight is not None:
         term.add_(weight)
-    return term.mul_(mask)
+    return term.mul_(_as_numbers(mask))
+
+
+def _as_numbers(mask: Tensor) -> Tensor:
+    """A bool tensor as zeros and ones in the same memory; a product with bool takes thrice as long on CPUs."""
+    return mask.view(torch.uint8)

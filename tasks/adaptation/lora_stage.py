@@ -58,8 +58,9 @@ def modules_named(config: Any, wanted: tuple[str, ...] | None) -> set[str]:
     return names if wanted is None else {name for name in names if name.rpartition(".")[2] in wanted}
 
 
-def check_lora(parameters: LoraParameters, facts: ModelFacts) -> Iterator[str]:
-    """The rank must fit into each layer, and the layers must be there."""
+def check_lora(parameters: LoraParameters, facts: ModelFacts, field: str = "rank") -> Iterator[str]:
+    """The rank, which stands in the field, must fit into each layer, and the layers must be there."""
+    rank = getattr(parameters, field)
     weights = family_of(facts.config).linear_weights(facts.config)
     last = {name.removesuffix(".weight").rpartition(".")[2]: shape for name, shape in weights.items()}
     for name in parameters.modules or ():
@@ -67,8 +68,8 @@ def check_lora(parameters: LoraParameters, facts: ModelFacts) -> Iterator[str]:
             yield f"modules: the blocks have no layer '{name}'; there is {', '.join(last)}"
             return
     for name, (rows, columns) in last.items():
-        if parameters.rank > min(rows, columns):
-            yield f"rank {parameters.rank} is more than {name} of {rows} x {columns} has; at most {min(rows, columns)}"
+        if rank > min(rows, columns):
+            yield f"{field} {rank} is more than {name} of {rows} x {columns} has; at most {min(rows, columns)}"
             return
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _MARKERS = "os^Dv<>Pp*Xh"
 _LINES = ("-", "--", "-.", ":")
 _MOST_PANELS = 16
+_MOST_LOSSES = 12
+_SMOOTHED = 20  # a loss is smoothed over one such part of the steps
 _MOST_TIMES = 100  # a perplexity so many times the least is drawn at the upper edge
 
 
@@ -28,7 +30,8 @@ class Chart:
 
 def charts(document: Mapping[str, Any]) -> list[Chart]:
     """All charts for which the document of `run --json` has figures."""
-    found = [perplexity_by_sparsity(document), shares_by_block(document), bits_by_block(document)]
+    made = (perplexity_by_sparsity, shares_by_block, bits_by_block, losses_by_step)
+    found = [make(document) for make in made]
     return [chart for chart in found if chart is not None]
 
 
@@ -127,6 +130,50 @@ def _bars(title: str, unit: str, values: Mapping[str, list[float]], write: Calla
     words = "; ".join(f"{name}: " + ", ".join(map(write, heights)) for name, heights in shown.items())
     left = f" The first {len(shown)} of {len(values)}." if len(values) > len(shown) else ""
     return Chart(title, words + left, _svg(figure))
+
+
+def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
+    """The loss of each training step, a smoothed curve a stage over a faint one; None when nothing was trained."""
+    stages = [stage for stage in document["stages"] if len(stage.get("losses") or []) > 1]
+    if not stages:
+        return None
+    shown = stages[:_MOST_LOSSES]
+    figure, (axes,) = _figure(1, 4.2)
+    faint = False
+    for number, stage in enumerate(shown):
+        steps = range(1, len(stage["losses"]) + 1)
+        means = smoothed(stage["losses"])
+        (curve,) = axes.plot(
+            steps,
+            means,
+            linestyle=_LINES[number % len(_LINES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markevery=max(1, len(steps) // 8),
+            markersize=5,
+            label=stage["name"],
+        )
+        if means != stage["losses"]:
+            faint = True
+            axes.plot(steps, stage["losses"], color=curve.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+    if faint:
+        axes.set_title("means over a twentieth of the steps; faint: each step", fontsize=9, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per token")
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    words = "; ".join(
+        f"{stage['name']}: {ends[0]:.3f} to {ends[-1]:.3f} nats in {len(ends)} steps"
+        for stage, ends in ((stage, smoothed(stage["losses"])) for stage in shown)
+    )
+    left = f". The first {len(shown)} of {len(stages)}." if len(stages) > len(shown) else ""
+    return Chart("Loss while training", words + left, _svg(figure))
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Each loss's mean with its neighbours, a twentieth of all together; at the ends some on one side only."""
+    reach = len(losses) // _SMOOTHED // 2
+    parts = (losses[max(0, step - reach) : step + reach + 1] for step in range(len(losses)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Any]]:

@@ -8,6 +8,7 @@
 - `wanda.py`            the Wanda stage against plain forward passes and against the published loop
 - `published_wanda.py`  that loop, written anew
 - `gptq.py`             the GPTQ stage against GPTQModel's own `quantize()`
+- `training.py`         a training step of masked LoRA against LoRA's and PEFT's
 - `memory.py`           peak memory of pruning 1.1 billion parameters, and whether it grows with depth
 - `store.py`            writing to and reading from the store against plain files with one SHA-256
 - `cached.py`           how long an answer takes when there is nothing to compute

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import allocation, cached, gptq, journal, memory, sparsegpt, store, wanda
+from . import allocation, cached, gptq, journal, memory, sparsegpt, store, training, wanda
 from .measuring import ProcessFailed, Row, in_fresh_process
 
 BENCHMARKS = {
@@ -27,6 +27,7 @@ BENCHMARKS = {
     "allocation": allocation,
     "gptq": gptq,
     "journal": journal,
+    "training": training,
     "memory": memory,
     "store": store,
     "cached": cached,

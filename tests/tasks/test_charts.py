@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from coldpress.tasks.reporting.charts import bits_by_block, charts, curves, perplexity_by_sparsity, shares_by_block
+from coldpress.tasks.reporting.charts import (
+    bits_by_block,
+    charts,
+    curves,
+    losses_by_step,
+    perplexity_by_sparsity,
+    shares_by_block,
+    smoothed,
+)
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -55,3 +63,29 @@ def test_bars_are_drawn_for_stages_whose_blocks_differ() -> None:
     assert only == bits_by_block(document(stages=stages))
     assert only.words == "mixed: 3.25, 4.00"
     assert charts(document(stages=[], variants=[])) == []
+
+
+def test_losses_are_drawn_for_stages_that_trained() -> None:
+    losses = {"lora": [3.0, 2.5, 2.0], "pruned": None, "one step": [1.0]}
+    stages = [{"name": name, "stage": "adapt/x", "losses": values} for name, values in losses.items()]
+    chart = losses_by_step(document(stages=stages))
+    assert chart is not None
+    assert chart.words == "lora: 3.000 to 2.000 nats in 3 steps"
+    assert ElementTree.fromstring(chart.svg).tag.endswith("svg")
+    assert charts(document(stages=stages, variants=[])) == [chart]
+    assert losses_by_step(document(stages=stages[1:])) is None
+
+
+def test_what_is_left_out_of_a_crowded_chart_is_said() -> None:
+    stages = [{"name": f"lora{number}", "stage": "adapt/x", "losses": [2.0, 1.0]} for number in range(14)]
+    chart = losses_by_step(document(stages=stages))
+    assert chart is not None
+    assert chart.words.endswith("lora11: 2.000 to 1.000 nats in 2 steps. The first 12 of 14.")
+
+
+def test_smoothing_takes_the_mean_with_neighbours_on_both_sides() -> None:
+    assert smoothed([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]  # too few to smooth
+    spike = [0.0] * 100
+    spike[50] = 5.0
+    assert smoothed(spike) == [0.0] * 48 + [1.0] * 5 + [0.0] * 47
+    assert smoothed(spike[50:])[:3] == [5 / 2, 5 / 3, 0.0]  # 50 steps: one neighbour on each side
