@@ -113,7 +113,8 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
                 )
             )
             continue
-        known = replace(given, original=facts.get(node.inputs.get("original", "")))
+        other = node.inputs.get("original") or node.inputs.get("teacher", "")
+        known = replace(given, original=facts.get(other))
         found = [Problem(f"{node.label}: {error}", node.line) for error in node.stage.check(node.parameters, known)]
         problems.extend(found)
         if node.stage.output == "adapter":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from .adaptation import compensation as _compensation
+from .adaptation import distill_stage as _distill
 from .adaptation import lora_stage as _lora
 from .adaptation import merging as _merging
 from .evaluation import perplexity as _perplexity
@@ -23,7 +24,7 @@ from .stage import CATALOGUE, Stage
 
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _quantization, _awq, _joint, _compensation,
-    _lora, _merging, _perplexity, _size,
+    _lora, _merging, _distill, _perplexity, _size,
 )  # fmt: skip
 
 

@@ -6,6 +6,8 @@
 - `network.py`       a whole model in memory whose linear layers are replaced by
 - `layers.py`        frozen, low-rank, masked low-rank and masked full ones
 - `lora_stage.py`    the stages lora, sparse-lora and full
+- `distillation.py`  how far a student is from its teacher (maths)
+- `distill_stage.py` the stages kl, reverse-kl and hidden
 - `merging.py`       the stage that adds an adapter to its checkpoint's weights
 - `peft_format.py`   how an adapter's tensors and its configuration are written, and what they stand for
 """
