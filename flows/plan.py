@@ -7,7 +7,7 @@ nearest earlier run.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,8 +74,8 @@ def check_sources(recipe: Recipe) -> list[Problem]:
             if node.stage.name == "source/model":
                 check_model(parameters.source)
             elif node.stage.name == "source/tokens":
-                check_text(parameters.source, parameters.split)
-                size = text_bytes(parameters.source, parameters.split)
+                check_text(parameters.source, parameters.split, of_records=parameters.of_records)
+                size = None if parameters.of_records else text_bytes(parameters.source, parameters.split)
                 if size is not None and parameters.samples and size < parameters.samples * parameters.length:
                     raise ColdpressError(
                         f"{parameters.source} has {size} bytes, too few for {parameters.samples} windows of "
@@ -101,6 +101,7 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
         if refusal := node.stage.refusal({role: plan[one].node.stage.output for role, one in node.inputs.items()}):
             problems.append(Problem(f"{node.label}: {refusal}", node.line))
             continue
+        problems.extend(_padded_data(node, plan))
         given = facts.get(node.inputs.get("model", ""))
         if given is None:
             continue
@@ -113,7 +114,8 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
                 )
             )
             continue
-        known = replace(given, original=facts.get(node.inputs.get("original", "")))
+        other = node.inputs.get("original") or node.inputs.get("teacher", "")
+        known = replace(given, original=facts.get(other))
         found = [Problem(f"{node.label}: {error}", node.line) for error in node.stage.check(node.parameters, known)]
         problems.extend(found)
         if node.stage.output == "adapter":
@@ -121,6 +123,19 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
         elif node.stage.output == "checkpoint" and not found:
             facts[name] = node.stage.after(node.parameters, given)
     return problems
+
+
+def _padded_data(node: Node, plan: Mapping[str, Planned]) -> Iterator[Problem]:
+    """Records padded to one length where all tokens of a window are used."""
+    for role, name in node.inputs.items():
+        parameters: Any = plan[name].node.parameters
+        trains = role != "calibration" and node.stage.use != "evaluate"
+        if plan[name].node.stage.name == "source/tokens" and parameters.of_records and not trains:
+            yield Problem(
+                f"{node.label}: {role} '{name}' are records, padded to one length, which only training can use; name a "
+                "data entry of running text",
+                node.line,
+            )
 
 
 def _source_facts(planned: Planned, store: Store, problems: list[Problem]) -> ModelFacts | None:

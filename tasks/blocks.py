@@ -409,9 +409,16 @@ def _restore(
     return saved.to(activation_device(saved.shape, skeleton.dtype, run.device)), state.step
 
 
-def read_windows(run: Run, tokens: Artifact, model: StoredModel) -> Tensor:
-    """Token ids [windows, length] of a tokens artifact, checked against the model's vocabulary and context."""
+def read_windows(run: Run, tokens: Artifact, model: StoredModel, *, padded: bool = False) -> Tensor:
+    """Token ids [windows, length] of a tokens artifact, checked against the model's vocabulary and context.
+
+    padded: whether they may be records, of which some tokens are padding.
+    """
     with ArtifactReader(run.store, tokens) as reader:
+        if "counted" in reader.manifest.tensors and not padded:
+            raise StageError(
+                "the data are records, padded to one length, which only training can use; give running text instead"
+            )
         windows = reader.tensors(["input_ids"])["input_ids"].long()
     vocabulary = int(model.config["vocab_size"])
     if int(windows.max()) >= vocabulary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from .adaptation import compensation as _compensation
+from .adaptation import distill_stage as _distill
 from .adaptation import lora_stage as _lora
 from .adaptation import loraprune_stage as _loraprune
 from .adaptation import losa_stage as _losa
@@ -27,7 +28,7 @@ from .stage import CATALOGUE, Stage
 
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _sensitivity, _quantization, _awq, _joint,
-    _compensation, _lora, _losa, _loraprune, _rank, _merging, _perplexity, _size,
+    _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _size,
 )  # fmt: skip
 
 

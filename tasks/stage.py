@@ -59,7 +59,8 @@ class Parameters(BaseModel):
 class ModelFacts:
     """What is known of a checkpoint before it is loaded: its config.json, format, and whether it has masks.
 
-    original: the facts of the checkpoint that a stage compares it with, its input `original`, where they are known.
+    original: the facts of the model that a stage compares it with, its input `original` or `teacher`, where they are
+    known.
     """
 
     config: Mapping[str, Any]
@@ -114,9 +115,10 @@ class Stage:
     use, method: how recipes name it. version: raised when its results change. inputs: role -> kind of artifact.
     paper: where the method comes from. check: errors that can be known from parameters and model facts alone.
     after: the facts of the checkpoint it makes. accepts: checkpoint formats it can read, and "adapter" if it takes a
-    checkpoint with its adapter, as `StoredModel` opens them, for a checkpoint. passed_on: those of its inputs
-    that it does not read itself, only what it derives; a recipe gives them when something is derived. bits_written: how
-    many for each weight of the model, where neither the kind of its output nor a parameter `bits` says so.
+    checkpoint with its adapter, as `StoredModel` opens them, for a checkpoint; a teacher may always be one.
+    passed_on: those of its inputs that it does not read itself, only what it derives; a recipe gives them when
+    something is derived. bits_written: how many for each weight of the model, where neither the kind of its output nor
+    a parameter `bits` says so.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
     """
@@ -148,7 +150,8 @@ class Stage:
         for role, kind in inputs.items():
             if self.inputs.get(role) == "adapter" and kind != "adapter":
                 return f"{self.name} needs an adapter as '{role}', what adapt or compensate made"
-            if kind == "adapter" and self.inputs.get(role) == "checkpoint" and "adapter" not in self.accepts:
+            takes_it = "adapter" in self.accepts or role == "teacher"
+            if kind == "adapter" and self.inputs.get(role) == "checkpoint" and not takes_it:
                 return f"{self.name} can't take an adapter as '{role}'; name the checkpoint that the adapter belongs to"
         return None
 
@@ -220,8 +223,9 @@ def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mappi
     if model is None or model.kind not in ("checkpoint", "adapter"):
         return
     facts = facts_of(store, model)
-    if (original := inputs.get("original")) and original.kind == "checkpoint":
-        facts = replace(facts, original=facts_of(store, original))
+    other = inputs.get("original") or inputs.get("teacher")
+    if other is not None and other.kind in ("checkpoint", "adapter"):
+        facts = replace(facts, original=facts_of(store, other))
     if facts.format not in entry.accepts:
         takes = ", ".join(sorted(entry.accepts))
         yield f"{entry.name} can't read a checkpoint in the format '{facts.format}'; it takes {takes}"

@@ -11,6 +11,8 @@
 - `adalora.py`       importance, budget and orthogonality of AdaLoRA (maths)
 - `diagonal.py`      low-rank layers whose directions can be switched off, SoRA's proximal step
 - `rank_stage.py`    the stages adalora and sora
+- `distillation.py`  how far a student is from its teacher (maths)
+- `distill_stage.py` the stages kl, reverse-kl and hidden
 - `merging.py`       the stage that adds an adapter to its checkpoint's weights
 - `peft_format.py`   how an adapter's tensors and its configuration are written, and what they stand for
 """

@@ -56,6 +56,11 @@ class Lora(nn.Module):
         """A and B of what is added to the weight, the scale in B."""
         return self.a.detach(), self.b.detach() * self.scale
 
+    def merged(self) -> Tensor:
+        """The weight with what was learned, float32 [out_features, in_features]."""
+        a, b = self.factors()
+        return (b @ a).add_(self.frozen.weight_of())
+
 
 class MaskedLora(Lora):
     """y = x W^T + scale dropout(x) ((B A) * mask)^T: what was pruned stays pruned, so that B A can be merged into W.

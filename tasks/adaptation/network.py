@@ -20,6 +20,7 @@ from ..formats import unpack
 from ..skeleton import build_model
 from ..stage import Run
 from .layers import Frozen
+from .peft_format import PREFIX
 
 # Logits of so many tokens are in memory at once.
 HEAD_CHUNK = 512
@@ -83,15 +84,16 @@ class Network:
         rest = dict(tensors)
         for name, shape in shapes.items():
             module = name.removesuffix(".weight")
-            mine = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.")}
+            mine = {
+                key: tensor for key, tensor in tensors.items() if key.startswith((f"{module}.", f"{PREFIX}{module}."))
+            }
             for key in mine:
                 rest.pop(key)
             bias = mine.pop(f"{module}.bias", None)
+            weight = functools.partial(_unpacked, name, format, quantization, mine, self.dtype, run.device)
             if format == "dense":
-                frozen = Frozen(functools.partial(_same, mine[name].to(self.dtype)), _cast(bias, self.dtype))
-            else:
-                weight = functools.partial(_unpacked, name, format, quantization, mine, self.dtype, run.device)
-                frozen = Frozen(weight, _cast(bias, self.dtype))
+                weight = functools.partial(_same, weight())
+            frozen = Frozen(weight, _cast(bias, self.dtype))
             layer = make(name, frozen, shape, masks.get(name)).to(run.device)
             self.layers[name] = layer
             owner, _, last = module.rpartition(".")

@@ -50,7 +50,7 @@ class Examples:
 
 def read_examples(run: Run, data: Artifact, stored: StoredModel) -> Examples:
     """The examples of a tokens artifact; all tokens of plain text count."""
-    windows = read_windows(run, data, stored)
+    windows = read_windows(run, data, stored, padded=True)
     with ArtifactReader(run.store, data) as reader:
         if "counted" in reader.manifest.tensors:
             return Examples(windows, reader.tensors(["counted"])["counted"].bool())

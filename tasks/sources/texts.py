@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from .locate import Located, SourceError, file_digest, hub_commit, locate
 
@@ -19,6 +20,8 @@ DEALT_SPLITS = ("train", "test", "all")
 # Characters of the pieces in which running text is dealt.
 BLOCK_CHARACTERS = 4000
 TEST_EVERY = 4
+
+Piece = TypeVar("Piece")
 
 
 def text_content(source: str, revision: str | None, name: str | None) -> dict[str, Any]:
@@ -43,14 +46,19 @@ def text_bytes(source: str, split: str) -> int | None:
     return size
 
 
-def check_text(source: str, split: str) -> None:
-    """Errors of a text source that show without reading it."""
+def check_text(source: str, split: str, *, of_records: bool = False) -> None:
+    """Errors of a text source that show without reading it. of_records: whether it must have prompts and responses."""
     if source != PYTHON_DOCS:
         located = _locate_text(source)
         if located.kind == "hub":
             return
         if located.path.endswith((".parquet", ".csv", ".arrow", ".zip", ".gz")):
             raise SourceError(f"{source} is not plain text or jsonl; convert it, or name a Hub data set")
+    if of_records and (source == PYTHON_DOCS or not _is_json_lines(located.path)):
+        raise SourceError(
+            f"{source} is running text without prompts and responses; name a jsonl file or a Hub data set, or drop "
+            "prompt, response and template"
+        )
     if split not in DEALT_SPLITS:
         raise SourceError(f"split {split!r} is none of {', '.join(DEALT_SPLITS)}, which {source} can be dealt into")
 
@@ -62,10 +70,9 @@ def documents(source: str, split: str, field: str, name: str | None, revision: s
         yield from _dealt(_running_blocks(_python_docs()), split)
         return
     located = _locate_text(source)
-    if located.kind == "hub":
-        yield from _hub_documents(source, split, field, name, revision)
-    elif _is_json_lines(located.path):
-        yield from _dealt(_json_lines(located.path, field), split)
+    if located.kind == "hub" or _is_json_lines(located.path):
+        for record in _records(located, source, split, name, revision):
+            yield record.text(field, "set `field:`")
     else:
         with open(located.path, encoding="utf-8") as file:
             try:
@@ -73,6 +80,55 @@ def documents(source: str, split: str, field: str, name: str | None, revision: s
             except UnicodeDecodeError as error:
                 raise SourceError(f"{located.path} is not UTF-8 text: {error}") from error
         yield from [text] if split == "all" else _dealt(_running_blocks([text]), split)
+
+
+def records(
+    source: str,
+    split: str,
+    fields: Sequence[str],
+    name: str | None,
+    revision: str | None,
+    *,
+    optional: frozenset[str] = frozenset(),
+) -> Iterator[dict[str, str]]:
+    """These text fields of a split's records, in a fixed order; optional ones are empty where there are none.
+
+    Raises SourceError.
+    """
+    check_text(source, split, of_records=True)
+    for record in _records(_locate_text(source), source, split, name, revision):
+        yield {
+            field: "" if field in optional and record.value_of(field) is None else record.text(field, _RECORDS_ADVICE)
+            for field in fields
+        }
+
+
+_RECORDS_ADVICE = "set `prompt:` and `response:` to the fields that hold them"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A line of a jsonl file or a row of a data set. place: how errors call it."""
+
+    place: str
+    value: Any
+
+    def value_of(self, field: str) -> Any:
+        return self.value.get(field) if isinstance(self.value, dict) else None
+
+    def text(self, field: str, advice: str) -> str:
+        """The text of a field. Raises SourceError."""
+        text = self.value_of(field)
+        if not isinstance(text, str):
+            has = ", ".join(self.value) if isinstance(self.value, dict) else type(self.value).__name__
+            raise SourceError(f"{self.place} has no text field {field!r} (it has: {has}); {advice}")
+        return text
+
+
+def _records(located: Located, source: str, split: str, name: str | None, revision: str | None) -> Iterator[_Record]:
+    if located.kind == "hub":
+        return _hub_records(source, split, name, revision)
+    return _dealt(_json_lines(located.path), split)
 
 
 def _is_json_lines(path: str) -> bool:
@@ -114,31 +170,28 @@ def _running_blocks(texts: Iterable[str]) -> Iterator[str]:
         yield "\n\n".join(gathered)
 
 
-def _dealt(blocks: Iterable[str], split: str) -> Iterator[str]:
-    for index, block in enumerate(blocks):
+def _dealt(pieces: Iterable[Piece], split: str) -> Iterator[Piece]:
+    for index, piece in enumerate(pieces):
         is_test = index % TEST_EVERY == TEST_EVERY - 1
         if split == "all" or is_test == (split == "test"):
-            yield block
+            yield piece
 
 
-def _json_lines(path: str, field: str) -> Iterator[str]:
+def _json_lines(path: str) -> Iterator[_Record]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            place = f"{path} line {number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                yield _Record(place, json.loads(line.decode("utf-8")))
             except UnicodeDecodeError as error:
-                raise SourceError(f"{path} line {number} is not UTF-8 text: {error}") from error
+                raise SourceError(f"{place} is not UTF-8 text: {error}") from error
             except ValueError as error:
-                raise SourceError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise SourceError(f"{path} line {number} has no text field {field!r} (it has: {has}); set `field:`")
-            yield record[field]
+                raise SourceError(f"{place} is not JSON: {error}") from error
 
 
-def _hub_documents(source: str, split: str, field: str, name: str | None, revision: str | None) -> Iterator[str]:
+def _hub_records(source: str, split: str, name: str | None, revision: str | None) -> Iterator[_Record]:
     import datasets
 
     try:
@@ -147,8 +200,4 @@ def _hub_documents(source: str, split: str, field: str, name: str | None, revisi
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"could not load split {split!r} of data set {source!r}: {error}") from error
     for record in loaded:
-        if not isinstance(record.get(field), str):
-            raise SourceError(
-                f"data set {source!r} has no text field {field!r} (it has: {', '.join(record)}); set `field:`"
-            )
-        yield record[field]
+        yield _Record(f"data set {source!r}", record)

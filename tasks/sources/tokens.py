@@ -1,19 +1,21 @@
-"""Text to windows: tokenized once, cut into windows of equal length, dealt by a seed."""
+"""Text to windows: tokenized once, cut into windows of equal length, dealt by a seed; or a window for each record."""
 
 from __future__ import annotations
 
 import os
 import random
 import tempfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...storage.artifacts import Artifact, ArtifactReader, ArtifactWriter
 from ..formats import FORMATS
 from ..stage import Parameters, Run, StageError, json_file, stage
 from .locate import MODEL_FILES
-from .texts import documents, text_content
+from .records import ALPACA_FIELDS, Pair, padded, pair_of, token_ids
+from .texts import documents, records, text_content
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,31 @@ class TokensParameters(Parameters):
     name: str | None = Field(None, description="configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     documents: int | None = Field(None, ge=1, description="read only so many documents, for very large data sets")
+    prompt: str | None = Field(None, description="field with the prompt: each record is then a window, padded")
+    response: str | None = Field(None, description="field with the response to it")
+    template: Literal["alpaca"] | None = Field(
+        None, description="instead of both: prompts are made of 'instruction' and 'input', 'output' is the response"
+    )
+    loss_on: Literal["response", "all"] = Field("response", description="tokens of a record that training learns from")
+
+    @model_validator(mode="after")
+    def _records_or_text(self) -> TokensParameters:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("records need both 'prompt' and 'response', the names of their fields")
+        if self.template is not None and self.prompt is not None:
+            raise ValueError(
+                f"template '{self.template}' makes the prompts itself; drop it, or 'prompt' and 'response'"
+            )
+        if self.of_records and "field" in self.model_fields_set:
+            raise ValueError("'field' is of running text; records have 'prompt' and 'response', or a template")
+        if not self.of_records and "loss_on" in self.model_fields_set:
+            raise ValueError("'loss_on' is of records; give 'prompt' and 'response', or a template")
+        return self
+
+    @property
+    def of_records(self) -> bool:
+        """Whether each record is a window, padded, rather than a piece of running text."""
+        return self.prompt is not None or self.template is not None
 
 
 @stage(
@@ -46,15 +73,31 @@ class TokensParameters(Parameters):
     content=lambda parameters: text_content(parameters.source, parameters.revision, parameters.name),
 )
 def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
-    """Non-overlapping windows of the text joined by blank lines, tokenized in one piece by the model's tokenizer."""
+    """Non-overlapping windows of the text joined by blank lines, tokenized in one piece by the model's tokenizer.
+
+    Or, of records with a prompt and a response, a window for each, padded; what training learns from is marked.
+    """
+    run.progress("tokenizing", 0, 1)
+    tokenizer = _tokenizer(run, model)
+    tensors, facts = _records(parameters, tokenizer) if parameters.of_records else _text(parameters, tokenizer)
+    with ArtifactWriter(run.store, "tokens") as writer:
+        writer.add_tensors(tensors)
+        windows, length = tensors["input_ids"].shape
+        writer.add_file("tokens.json", json_file({"windows": windows, "length": length, **facts}))
+        run.progress("tokenizing", 1, 1)
+        return writer.publish()
+
+
+def _text(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Windows of running text; facts on what there was."""
     import itertools
 
     import torch
 
-    run.progress("tokenizing", 0, 1)
     texts = documents(parameters.source, parameters.split, parameters.field, parameters.name, parameters.revision)
     text = "\n\n".join(itertools.islice(texts, parameters.documents))
-    ids = _tokenize(run, model, text)
+    # Special tokens (a BOS, for some) stand at the beginning of the whole text only.
+    ids = torch.tensor(tokenizer(text, return_attention_mask=False)["input_ids"], dtype=torch.int64)
     there = len(ids) // parameters.length
     wanted = there if parameters.samples is None else parameters.samples
     if there < max(wanted, 1):
@@ -64,12 +107,48 @@ def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
         )
     chosen = choose_windows(there, parameters.samples, parameters.seed)
     windows = ids[: there * parameters.length].reshape(there, parameters.length)[chosen]
-    with ArtifactWriter(run.store, "tokens") as writer:
-        writer.add_tensors({"input_ids": windows.to(torch.int32).contiguous()})
-        facts: dict[str, Any] = {"windows": wanted, "length": parameters.length, "windows_available": there}
-        writer.add_file("tokens.json", json_file(facts))
-        run.progress("tokenizing", 1, 1)
-        return writer.publish()
+    return {"input_ids": windows.to(torch.int32).contiguous()}, {"windows_available": there}
+
+
+def _records(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Windows of records and what counts in them; facts on what there was."""
+    import itertools
+
+    if tokenizer.eos_token_id is None:
+        raise StageError(
+            "the model's tokenizer has no end-of-sequence token, with which a response must end; add eos_token to its "
+            "tokenizer_config.json"
+        )
+    everything = token_ids(tokenizer, itertools.islice(_pairs(parameters), parameters.documents))
+    examples, read, cut = [], 0, 0
+    for ids, response in everything:
+        read += 1
+        if len(ids) > 1 and (parameters.loss_on == "all" or response < parameters.length):
+            examples.append((ids[: parameters.length], response))
+            cut += len(ids) > parameters.length
+    wanted = len(examples) if parameters.samples is None else parameters.samples
+    if len(examples) < max(wanted, 1):
+        rest = f", {read - len(examples)} of them with a prompt that leaves no room in {parameters.length} tokens"
+        raise StageError(
+            f"{parameters.source} (split {parameters.split}) has {read} records{rest if read else ''}, but "
+            f"{max(wanted, 1)} are asked for; lower samples, raise length, or give more records"
+        )
+    chosen = [examples[place] for place in choose_windows(len(examples), parameters.samples, parameters.seed)]
+    windows, counted = padded(
+        chosen, parameters.length, tokenizer.eos_token_id, prompts_count=parameters.loss_on == "all"
+    )
+    facts = {"windows_available": len(examples), "records": read, "records_cut": cut}
+    return {"input_ids": windows, "counted": counted}, facts
+
+
+def _pairs(parameters: TokensParameters) -> Iterator[Pair]:
+    fields = ALPACA_FIELDS if parameters.template else (str(parameters.prompt), str(parameters.response))
+    optional = frozenset({"input"} if parameters.template else ())
+    found = records(
+        parameters.source, parameters.split, fields, parameters.name, parameters.revision, optional=optional
+    )
+    for record in found:
+        yield pair_of(record, parameters.prompt, parameters.response)
 
 
 def choose_windows(available: int, samples: int | None, seed: int) -> list[int]:
@@ -79,9 +158,8 @@ def choose_windows(available: int, samples: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(available), samples))
 
 
-def _tokenize(run: Run, model: Artifact, text: str) -> torch.Tensor:
-    """Token ids [tokens] of the whole text, special tokens (a BOS, for some) at its beginning only."""
-    import torch
+def _tokenizer(run: Run, model: Artifact) -> Any:
+    """The model's own."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder, ArtifactReader(run.store, model) as reader:
@@ -93,5 +171,5 @@ def _tokenize(run: Run, model: Artifact, text: str) -> torch.Tensor:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise StageError(f"the model's tokenizer can't be loaded from its files: {error}") from error
-    tokenizer.model_max_length = 10**30  # windows are cut below; no warning about the length of the whole
-    return torch.tensor(tokenizer(text, return_attention_mask=False)["input_ids"], dtype=torch.int64)
+    tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
+    return tokenizer
