@@ -48,9 +48,10 @@ class Lora(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        low = linear(dropout(inputs, self.dropout), self.a.to(inputs.dtype))
-        result: Tensor = self.frozen(inputs) + linear(low, self.b.to(inputs.dtype)) * self.scale
-        return result
+        low = linear(dropout(inputs, self.dropout), self.a.to(inputs.dtype)) * self.scale
+        whole: Tensor = self.frozen(inputs)
+        added = torch.addmm(whole.flatten(0, -2), low.flatten(0, -2), self.b.to(inputs.dtype).T)
+        return added.view(whole.shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of what is added to the weight, the scale in B."""

@@ -121,14 +121,8 @@ class Network:
 
     def over_tokens(self, loss: Callable[..., Tensor], features: Tensor, *others: Tensor) -> Tensor:
         """The sum of `loss(logits, *others)` over tokens [tokens, features]; few logits are in memory at a time."""
-        total = torch.zeros((), device=features.device)
-        chunks = (tensor.split(HEAD_CHUNK) for tensor in (features, *others))
-        for part, *rest in zip(*chunks, strict=True):
-            total = total + checkpoint(self._head_loss, loss, part, *rest, use_reentrant=False)
+        total: Tensor = _OverTokens.apply(features, self.logits, loss, *others)
         return total
-
-    def _head_loss(self, loss: Callable[..., Tensor], features: Tensor, *others: Tensor) -> Tensor:
-        return loss(self.logits(features), *others)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What is trained, by name within the model, in a fixed order."""
@@ -138,6 +132,33 @@ class Network:
         """(block's number, its layers by weight name)."""
         for index in range(stored.blocks):
             yield index, {name: self.layers[name] for name in stored.linear_shapes(index)}
+
+
+class _OverTokens(torch.autograd.Function):
+    """A loss over tokens with its gradient by the features, both made in one pass over the head, which is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, logits: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], *others: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), device=features.device)
+        gradients = []
+        chunks = (tensor.split(HEAD_CHUNK) for tensor in (features, *others))
+        for part, *rest in zip(*chunks, strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                value = loss(logits(leaf), *rest)
+            if ctx.needs_input_grad[0]:
+                gradients.append(torch.autograd.grad(value, leaf)[0])
+            total += value.detach()
+        ctx.save_for_backward(torch.cat(gradients) if gradients else features)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        onward = (gradient.float() * upstream).to(gradient.dtype)
+        return (onward, *(None,) * (len(ctx.needs_input_grad) - 1))
 
 
 def _same(tensor: Tensor) -> Tensor:
