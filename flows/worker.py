@@ -85,7 +85,7 @@ class Worker:
         request = {
             "store": store.url,
             "stage": stage.name,
-            "parameters": parameters.model_dump(mode="json"),
+            "parameters": parameters.model_dump(mode="json", exclude_unset=True),
             "inputs": {role: list(artifact) for role, artifact in inputs.items()},
             "context": dict(context),
             "lease": list(lease) if lease else None,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from coldpress.flows.worker import Worker, WorkerDied
+from coldpress.storage.artifacts import Artifact
 from coldpress.storage.errors import ColdpressError
 from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
@@ -44,6 +45,16 @@ def test_a_worker_computes_reports_progress_and_passes_errors_on_as_sentences(
         store, stage, stage.parameters(source=tiny_model_folder("llama"), dtype="bfloat16"), {}, {}, progress
     )
     assert again.artifact != action.artifact
+
+
+def test_parameters_that_exclude_each_other_pass_as_long_as_one_was_left_out(
+    worker: Worker, store: Store, import_model: Callable[..., Artifact], text_file: str
+) -> None:
+    """Values at their defaults are not passed on as if they had been asked for."""
+    stage = stage_named("source/tokens")
+    parameters = stage.parameters(source=text_file, samples=2, length=16)
+    action = worker.compute(store, stage, parameters, {"model": import_model("llama")}, {}, lambda *report: None)
+    assert store.holds(action.artifact)
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(
