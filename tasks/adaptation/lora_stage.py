@@ -158,7 +158,7 @@ def sparse_lora(run: Run, parameters: LoraParameters, model: Artifact, data: Art
     parameters=TrainingParameters,
     inputs={"model": "checkpoint", "data": "tokens"},
     output="checkpoint",
-    paper="the upper bound of what low-rank terms can recover",
+    paper="Sun et al. 2023 (Wanda), which fine-tunes under fixed masks, arXiv:2306.11695",
 )
 def full(run: Run, parameters: TrainingParameters, model: Artifact, data: Artifact) -> Artifact:
     """All weights of the linear layers are trained, in float32; those that were pruned stay zero."""
