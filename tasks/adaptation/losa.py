@@ -1,15 +1,18 @@
 """The numbers of LoSA: how sparse a round is, and which rank each block gets. Huang et al. 2025, arXiv:2501.07668.
 
-Pure maths; the stage is in `losa_stage.py`, rates by block are those of the allocation `rmi` in `pruning`.
+Pure maths, without torch at import, since recipes are checked by it. The stage is in `losa_stage.py`; rates by block are those
+of the allocation `rmi` in `pruning`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Mean ranks of the rounds rise from `rank` minus this to `rank` plus this, as in the published runs (6 to 10).
 RANK_RISE = 2
@@ -58,6 +61,8 @@ def resize(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple
 
     Added rows of A are Gaussian and added columns of B zero, so that growing does not change B A.
     """
+    import torch
+
     more = rank - len(a)
     if more <= 0:
         return a[:rank].clone(), b[:, :rank].clone()
@@ -67,6 +72,8 @@ def resize(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple
 
 def relative_error(dense: Tensor, sparse: Tensor) -> float:
     """(1/d) sum_c ||D_c - S_c||^2 / ||D_c||^2 over the features c of activations [windows, length, d]."""
+    import torch
+
     gone = torch.zeros(dense.shape[-1], dtype=torch.float64, device=dense.device)
     there = torch.zeros_like(gone)
     for one, other in zip(dense, sparse, strict=True):

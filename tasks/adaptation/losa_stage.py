@@ -27,6 +27,7 @@ from .lora_stage import (
     relative,
     training_dtype,
 )
+from .losa import allocate_ranks, relative_error, resize, round_rank, round_sparsity
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class LosaParameters(LoraParameters):
     @model_validator(mode="after")
     def _checked(self) -> LosaParameters:
         self.pruning(self.count)
-        if self.max_rank < self.rank + 2 and self.rank_allocation and self.gradual:
+        if self.rank_allocation and self.max_rank < round_rank(self.count, self.count, self.rank):
             raise ValueError(f"max_rank {self.max_rank} leaves no room above rank {self.rank}; write {2 * self.rank}")
         return self
 
@@ -68,8 +69,6 @@ class LosaParameters(LoraParameters):
 
     def pruning(self, number: int) -> dict[str, Any]:
         """The settings of the pruning stage in round 1..count."""
-        from .losa import round_sparsity
-
         settings: dict[str, Any] = {"dtype": self.dtype}
         if self.layer_rates:
             settings |= {"allocation": "rmi", "rmi_solver": self.rmi_solver, "rmi_beta": self.rmi_beta}
@@ -108,7 +107,6 @@ def reconstruction(
 
     from ..blocks import StoredModel, read_windows, resolve_dtype
     from ..skeleton import Skeleton
-    from .losa import relative_error
 
     errors = []
     with StoredModel(run, model) as sparse, StoredModel(run, original) as dense, torch.no_grad():
@@ -237,8 +235,6 @@ class _Rounds:
 
     def _allocate(self, number: int, pruned: Artifact) -> list[int]:
         """The rank of each block in a round."""
-        from .losa import allocate_ranks, round_rank
-
         parameters = self.parameters
         if not parameters.rank_allocation:
             return [parameters.rank] * block_count(facts_of(self.run.store, pruned).config)
@@ -250,8 +246,6 @@ class _Rounds:
 
     def _start(self, number: int, name: str, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
         """A and B that a layer's training begins with in a round; None for new ones."""
-        from .losa import resize
-
         if self.state is not None and number == self.first:
             kept = self.state.tensors
             return (kept[f"memory.{name}.a"], kept[f"memory.{name}.b"]) if f"memory.{name}.a" in kept else None

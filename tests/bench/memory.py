@@ -28,7 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "statistics/gradients": {}, "prune/gblm": {"sparsity": 0.5}, "prune/pruner-zero": {"sparsity": 0.5},
     "statistics/owl": {}, "statistics/rmi": {}, "statistics/taylor": {}, "prune/llm-pruner": {"sparsity": 0.5},
     "prune/wanda-sp": {"sparsity": 0.5}, "statistics/fluctuation": {}, "prune/flap": {"sparsity": 0.5},
-    "statistics/influence": {}, "statistics/removal": {},
+    "statistics/influence": {}, "statistics/removal": {}, "quantize/gptq": {}, "quantize/awq": {},
 }  # fmt: skip
 OTHERS_BLOCKS = 2
 WINDOWS, LENGTH = 4, 512

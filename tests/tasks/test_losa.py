@@ -253,6 +253,9 @@ def test_bad_input_is_told_in_a_sentence(
         LosaParameters()
     with pytest.raises(ValidationError, match="max_rank 8 leaves no room above rank 8; write 16"):
         LosaParameters(sparsity=0.5, max_rank=8)
+    assert LosaParameters(sparsity=0.5, max_rank=8, gradual=False).count == 1
+    with pytest.raises(ValidationError, match="max_rank 4 leaves no room above rank 8"):
+        LosaParameters(sparsity=0.5, max_rank=4, gradual=False)
     model = import_model("llama")
     data = make_tokens(model)
     inputs = {"model": model, "calibration": data, "data": data}
