@@ -39,8 +39,8 @@ class DistillationParameters(LoraParameters):
 
     @model_validator(mode="after")
     def _only_what_is_trained(self) -> DistillationParameters:
-        fields = type(self).model_fields
-        unused = [n for n in ("rank", "alpha", "dropout", "modules") if getattr(self, n) != fields[n].default]
+        fields = ((name, type(self).model_fields[name]) for name in ("rank", "alpha", "dropout", "modules"))
+        unused = [name for name, field in fields if getattr(self, name) != field.default]
         if self.train == "full" and unused:
             raise ValueError(f"'{unused[0]}' is of 'train: lora', and 'train: full' has none; drop it")
         return self

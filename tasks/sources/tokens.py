@@ -50,9 +50,9 @@ class TokensParameters(Parameters):
             raise ValueError(
                 f"template '{self.template}' makes the prompts itself; drop it, or 'prompt' and 'response'"
             )
-        if self.of_records and "field" in self.model_fields_set:
+        if self.of_records and self.field != "text":
             raise ValueError("'field' is of running text; records have 'prompt' and 'response', or a template")
-        if not self.of_records and "loss_on" in self.model_fields_set:
+        if not self.of_records and self.loss_on != "response":
             raise ValueError("'loss_on' is of records; give 'prompt' and 'response', or a template")
         return self
 

@@ -422,3 +422,9 @@ def test_bad_input_is_told_in_a_sentence(
         stage_named("distill/kl").parameters(train="full", rank=4)
     with pytest.raises(ValidationError, match="order has 'x'"):
         stage_named("distill/hidden").parameters(blocks="x")
+
+
+@pytest.mark.parametrize("settings", [{"train": "full"}, {"rank": 4}, {"train": "full", "blocks": [0, 2]}])
+def test_settings_can_be_written_out_with_their_defaults(settings: dict[str, Any]) -> None:
+    parameters = HiddenParameters.model_validate(settings)
+    assert HiddenParameters.model_validate(parameters.model_dump(mode="json")) == parameters

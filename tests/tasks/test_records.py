@@ -219,13 +219,19 @@ def test_bad_records_are_told_in_a_sentence(
             make_tokens(base, source=running, **FIELDS)
 
 
+@pytest.mark.parametrize("settings", [{}, {"template": "alpaca"}, {"prompt": "a", "response": "b", "loss_on": "all"}])
+def test_settings_can_be_written_out_with_their_defaults(settings: dict[str, str]) -> None:
+    parameters = TokensParameters.model_validate({"source": "x.jsonl", **settings})
+    assert TokensParameters.model_validate(parameters.model_dump(mode="json")) == parameters
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"prompt": "a"}, "both 'prompt' and 'response'"),
         ({"response": "a"}, "both 'prompt' and 'response'"),
         ({"prompt": "a", "response": "b", "template": "alpaca"}, "makes the prompts itself"),
-        ({"template": "alpaca", "field": "text"}, "'field' is of running text"),
+        ({"template": "alpaca", "field": "body"}, "'field' is of running text"),
         ({"loss_on": "all"}, "'loss_on' is of records"),
     ],
 )
