@@ -1,7 +1,7 @@
 """The numbers of LoSA: how sparse a round is, and which rank each block gets. Huang et al. 2025, arXiv:2501.07668.
 
-Pure maths, without torch at import, since recipes are checked by it. The stage is in `losa_stage.py`; rates by block are
-those of the allocation `rmi` in `pruning`.
+Pure maths, without torch at import, since recipes are checked by it. The stage is in `losa_stage.py`; rates by block
+are those of the allocation `rmi` in `pruning`.
 """
 
 from __future__ import annotations
