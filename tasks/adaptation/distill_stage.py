@@ -49,7 +49,9 @@ class DistillationParameters(LoraParameters):
 class HiddenParameters(DistillationParameters):
     """Parameters of distillation from block outputs."""
 
-    distance: Literal["mse", "cosine"] = Field("mse", description="of two blocks' outputs; cosine is 1 - cos")
+    distance: Literal["mse", "cosine"] = Field(
+        "cosine", description="of two blocks' outputs: 1 - cos, or mse, which few very large features decide"
+    )
     hidden_weight: float = Field(1.0, gt=0, description="the mean distance is multiplied by it and added to the loss")
     blocks: str | tuple[int, ...] | None = Field(
         None,
