@@ -86,3 +86,8 @@ def committed(store: str, node: str) -> int:
         if head["context"]["node"] == node:
             most = max(most, len(head["steps"]) + len(list(path.parent.glob("steps/*"))))
     return most
+
+
+def holders(store: str) -> set[int]:
+    """Process numbers of the runs that hold a lease."""
+    return {json.loads(path.read_text())["pid"] for path in Path(store).glob("leases/*/*")}
