@@ -7,7 +7,7 @@ evaluation mode, so that dropout of its own never acts; layers of ours have thei
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -127,11 +127,6 @@ class Network:
     def learned(self) -> dict[str, nn.Parameter]:
         """What is trained, by name within the model, in a fixed order."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def by_block(self, stored: StoredModel) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """(block's number, its layers by weight name)."""
-        for index in range(stored.blocks):
-            yield index, {name: self.layers[name] for name in stored.linear_shapes(index)}
 
 
 class _OverTokens(torch.autograd.Function):
