@@ -15,8 +15,10 @@ from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
 from .pruning import gradients as _gradients
+from .pruning import slice_stage as _slice
 from .pruning import stage as _pruning
 from .pruning import statistics as _statistics
+from .pruning import wanda_sp_stage as _wanda_sp
 from .pruning import width_stage as _width
 from .quantization import awq_stage as _awq
 from .quantization import joint_stage as _joint
@@ -27,8 +29,8 @@ from .sources import tokens as _tokens
 from .stage import CATALOGUE, Stage
 
 MODULES = (
-    _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _sensitivity, _quantization, _awq, _joint,
-    _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _size,
+    _models, _tokens, _statistics, _gradients, _pruning, _width, _wanda_sp, _slice, _depth, _sensitivity, _quantization,
+    _awq, _joint, _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _size,
 )  # fmt: skip
 
 

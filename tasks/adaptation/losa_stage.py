@@ -17,6 +17,8 @@ from ..architectures import block_count
 from ..pruning.selection import parse_pattern
 from ..pruning.stage import PruneParameters, check_pruning
 from ..pruning.statistics import StreamParameters, read_blocks, write_blocks
+from ..pruning.wanda_sp_stage import WandaSpParameters
+from ..pruning.width_stage import check_width, facts_after
 from ..stage import ModelFacts, Run, StageError, facts_of, obtain, stage
 from .lora_stage import (
     LoraParameters,
@@ -41,8 +43,8 @@ class LosaParameters(LoraParameters):
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of the weights removed in the end")
     pattern: str | None = Field(None, description="N:M sparsity instead: '2:8' keeps two in each eight inputs")
-    criterion: Literal["wanda", "sparsegpt", "magnitude", "pruner-zero", "gblm", "alps"] = Field(
-        "wanda", description="by which each round prunes"
+    criterion: Literal["wanda", "sparsegpt", "magnitude", "pruner-zero", "gblm", "alps", "wanda-sp"] = Field(
+        "wanda", description="by which each round prunes; wanda-sp: heads and FFN channels, sliced off in the end"
     )
     rounds: int = Field(5, ge=1, description="of pruning and training")
     sparsity_schedule: Literal["cubic", "linear"] = Field("cubic", description="of the share removed, over the rounds")
@@ -57,6 +59,14 @@ class LosaParameters(LoraParameters):
 
     @model_validator(mode="after")
     def _checked(self) -> LosaParameters:
+        if self.structured and self.pattern is not None:
+            raise ValueError(
+                "pattern is for weights, but wanda-sp removes heads and channels; write 'sparsity' instead"
+            )
+        if self.structured and self.sparsity is None:
+            raise ValueError("say how much of the blocks' weights wanda-sp is to remove: 'sparsity: 0.2'")
+        if self.structured and self.rmi_solver != "exact":
+            raise ValueError("rmi_solver slsqp is for weights; leave it out with wanda-sp")
         self.pruning(self.count)
         if self.rank_allocation and self.max_rank < round_rank(self.count, self.count, self.rank):
             raise ValueError(f"max_rank {self.max_rank} leaves no room above rank {self.rank}; write {2 * self.rank}")
@@ -67,9 +77,18 @@ class LosaParameters(LoraParameters):
         """The number of rounds."""
         return self.rounds if self.gradual else 1
 
+    @property
+    def structured(self) -> bool:
+        """Whether heads and channels go rather than weights."""
+        return self.criterion == "wanda-sp"
+
     def pruning(self, number: int) -> dict[str, Any]:
         """The settings of the pruning stage in round 1..count."""
         settings: dict[str, Any] = {"dtype": self.dtype}
+        if self.structured:
+            settings |= {"masked": True, "allocation": "rmi" if self.layer_rates else "uniform"}
+            share = WandaSpParameters.model_validate({**settings, "sparsity": self.sparsity}).sparsity
+            return {**settings, "sparsity": round_sparsity(number, self.count, share, self.sparsity_schedule)}
         if self.layer_rates:
             settings |= {"allocation": "rmi", "rmi_solver": self.rmi_solver, "rmi_beta": self.rmi_beta}
         if self.pattern is None:
@@ -87,7 +106,19 @@ class LosaParameters(LoraParameters):
 def check_losa(parameters: LosaParameters, facts: ModelFacts) -> Iterator[str]:
     """Ranks must fit into each layer, N:M groups fill the rows."""
     yield from check_lora(parameters.model_copy(update={"rank": max(parameters.rank, parameters.max_rank)}), facts)
-    yield from check_pruning(PruneParameters(**parameters.pruning(parameters.count)), facts)
+    settings = parameters.pruning(parameters.count)
+    if parameters.structured:
+        yield from check_width(WandaSpParameters(**settings), facts)
+    else:
+        yield from check_pruning(PruneParameters(**settings), facts)
+
+
+def facts_after_losa(parameters: LosaParameters, facts: ModelFacts) -> ModelFacts:
+    """Masked; narrower where heads and channels go, unless each block loses a share of its own, then not known yet."""
+    if parameters.structured and not parameters.layer_rates:
+        settings = parameters.pruning(parameters.count)
+        return facts_after(WandaSpParameters(**{**settings, "masked": False}), facts)
+    return replace(facts, masked=True)
 
 
 @stage(
@@ -133,7 +164,7 @@ def reconstruction(
     output="checkpoint",
     paper="Huang et al. 2025, arXiv:2501.07668",
     check=check_losa,
-    after=lambda parameters, facts: replace(facts, masked=True),
+    after=facts_after_losa,
 )
 def losa(run: Run, parameters: LosaParameters, model: Artifact, calibration: Artifact, data: Artifact) -> Artifact:
     """Prune a little more each round, by rates that fit the blocks; train masked terms whose ranks fit the damage."""
@@ -143,7 +174,7 @@ def losa(run: Run, parameters: LosaParameters, model: Artifact, calibration: Art
     note_training(run, parameters, rounds.losses, rounds.learned_parameters)
     run.merge_notes({"ranks": rounds.ranks})
     note_sparsity(run, rounds.current)
-    return rounds.current
+    return rounds.sliced() if parameters.structured else rounds.current
 
 
 class _Rounds:
@@ -232,6 +263,10 @@ class _Rounds:
             self.losses += self._last
             self._terms = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}
             self.current = publish_merged(self.run, stored, {name: layer.merged() for name, layer in layers.items()})
+
+    def sliced(self) -> Artifact:
+        """The last round's model without the heads and channels that are masked."""
+        return self._obtain(self.parameters.count - 1, "prune/slice", {"model": self.current})
 
     def _allocate(self, number: int, pruned: Artifact) -> list[int]:
         """The rank of each block in a round."""

@@ -36,7 +36,6 @@ from .width import (
     removed_output,
     share_left,
     uniform_counts,
-    wanda_sp_score,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +44,20 @@ if TYPE_CHECKING:
     from ..blocks import Block
 
 
-class WidthParameters(Parameters):
+class NarrowingParameters(Parameters):
+    """Parameters of all that makes blocks narrower."""
+
+    multiple_of: int = Field(
+        1, ge=1, description="the FFN width that stays is rounded up to a multiple, as group sizes and processors like"
+    )
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Modules within the blocks that get biases."""
+        return ()
+
+
+class WidthParameters(NarrowingParameters):
     """Parameters of width pruning."""
 
     sparsity: float = Field(gt=0, lt=1, description="share of the blocks' linear weights removed, between 0 and 1")
@@ -53,19 +65,11 @@ class WidthParameters(Parameters):
         "all",
         description="all: heads and FFN channels; attention, ffn: the share of the heads, or of the channels, alone",
     )
-    multiple_of: int = Field(
-        1, ge=1, description="the FFN width that stays is rounded up to a multiple, as group sizes and processors like"
-    )
 
     @property
     def uniform(self) -> bool:
         """Whether every block keeps as much."""
         return True
-
-    @property
-    def biased(self) -> tuple[str, ...]:
-        """Modules within the blocks that get biases."""
-        return ()
 
     def counts(self, before: Widths) -> Counts:
         """How many groups and channels each block keeps, of those there are."""
@@ -188,10 +192,10 @@ def _config_after(parameters: WidthParameters, facts: ModelFacts) -> dict[str, A
     """The config when every block keeps as much; otherwise the widest there can be."""
     before = widths(facts.config)
     counts = parameters.counts(before) if parameters.uniform else Counts(before.groups, before.channels)
-    return narrowed_config(facts.config, *counts, biased=_new_biases(parameters, facts.config))
+    return narrowed_config(facts.config, *counts, biased=new_biases(parameters, facts.config))
 
 
-def _new_biases(parameters: WidthParameters, config: Mapping[str, Any]) -> tuple[str, ...]:
+def new_biases(parameters: NarrowingParameters, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that get biases which the model has not had."""
     return () if has_biases(config) else parameters.biased
 
@@ -202,7 +206,7 @@ def facts_after(parameters: WidthParameters, facts: ModelFacts) -> ModelFacts:
     return ModelFacts(_config_after(parameters, facts), facts.format, masked)
 
 
-def _narrow(
+def narrow_blocks(
     run: Run,
     parameters: WidthParameters,
     model: Artifact,
@@ -221,7 +225,7 @@ def _narrow(
 
     with StoredModel(run, model) as stored, ArtifactWriter(run.store, "checkpoint") as writer:
         before = widths(stored.config)
-        biased = _new_biases(parameters, stored.config)
+        biased = new_biases(parameters, stored.config)
 
         def change(block: Block) -> Change:
             left = choose(block)
@@ -265,7 +269,7 @@ def _narrow(
         return writer.publish()
 
 
-def _written_layers(block: Block) -> dict[str, str]:
+def written_layers(block: Block) -> dict[str, str]:
     """{what its input is made of ("query", "width"): weight} of the layers that write to the residual stream."""
     return {linear.inputs: name for name, linear in block.linears.items() if linear.inputs in ("query", "width")}
 
@@ -278,14 +282,14 @@ def _by_score(
     counts = parameters.counts(before)
 
     def choose(block: Block) -> Left:
-        layers = _written_layers(block)
+        layers = written_layers(block)
         heads = group_scores(score(block, layers["query"]).cpu(), before) if before.groups else None
-        return _highest(heads, score(block, layers["width"]).cpu(), counts, before)
+        return best_left(heads, score(block, layers["width"]).cpu(), counts, before)
 
     return choose
 
 
-def _highest(heads: Tensor | None, channels: Tensor, counts: Counts, before: Widths) -> Left:
+def best_left(heads: Tensor | None, channels: Tensor, counts: Counts, before: Widths) -> Left:
     import torch
 
     if heads is None or counts.groups == before.groups:
@@ -295,14 +299,15 @@ def _highest(heads: Tensor | None, channels: Tensor, counts: Counts, before: Wid
     return Left(groups, highest(channels, counts.channels))
 
 
-def _config(run: Run, model: Artifact) -> dict[str, Any]:
+def config_of(run: Run, model: Artifact) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(run.store.read_file(model, "config.json"))
     return config
 
 
-_WIDTH: dict[str, Any] = {"output": "checkpoint", "check": check_width, "after": facts_after}
-_CALIBRATED: dict[str, Any] = {**_WIDTH, "inputs": {"model": "checkpoint", "calibration": "tokens"}}
-_MEASURED: dict[str, Any] = {**_CALIBRATED, "passed_on": frozenset({"calibration"})}
+# What the stages of width pruning have in common.
+WIDTH: dict[str, Any] = {"output": "checkpoint", "check": check_width, "after": facts_after}
+CALIBRATED: dict[str, Any] = {**WIDTH, "inputs": {"model": "checkpoint", "calibration": "tokens"}}
+_MEASURED: dict[str, Any] = {**CALIBRATED, "passed_on": frozenset({"calibration"})}
 
 
 @stage(
@@ -312,34 +317,14 @@ _MEASURED: dict[str, Any] = {**_CALIBRATED, "passed_on": frozenset({"calibration
     parameters=WidthParameters,
     inputs={"model": "checkpoint"},
     paper="the baseline of An et al. 2023, arXiv:2312.11983",
-    **_WIDTH,
+    **WIDTH,
 )
 def magnitude_sp(run: Run, parameters: WidthParameters, model: Artifact) -> Artifact:
     """Width: heads and FFN channels with the lowest sums of ||W_:j||_2 over the columns that read them go."""
-    config = _config(run, model)
+    config = config_of(run, model)
     choose = _by_score(parameters, config, lambda block, name: magnitude_sp_score(block.weights[name]))
     counts = parameters.counts(widths(config))
-    return _narrow(run, parameters, model, choose, padded=counts)
-
-
-@stage(
-    "prune",
-    "wanda-sp",
-    version=1,
-    parameters=CalibratedWidthParameters,
-    paper="Sun et al. 2023, as An et al. 2023 apply it, arXiv:2312.11983",
-    **_CALIBRATED,
-)
-def wanda_sp(run: Run, parameters: CalibratedWidthParameters, model: Artifact, calibration: Artifact) -> Artifact:
-    """Width: heads and FFN channels with the lowest sums of mean_i |W_ij| ||X_j||_2 over their columns go."""
-    config = _config(run, model)
-
-    def score(block: Block, name: str) -> Tensor:
-        return wanda_sp_score(block.weights[name], block.statistics[name].norm())
-
-    counts = parameters.counts(widths(config))
-    choose = _by_score(parameters, config, score)
-    return _narrow(run, parameters, model, choose, padded=counts, calibration=calibration, dtype=parameters.dtype)
+    return narrow_blocks(run, parameters, model, choose, padded=counts)
 
 
 @stage(
@@ -355,7 +340,7 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
     """Width: heads and channels whose inputs vary least, Var(X_j) sum_i W_ij^2, go; a bias keeps their mean."""
     import torch
 
-    config = _config(run, model)
+    config = config_of(run, model)
     family, before, blocks = family_of(config), widths(config), block_count(config)
     with ArtifactReader(run.store, measured) as reader:
         prefixes = [family.block_prefix(index) for index in range(blocks)]
@@ -369,7 +354,7 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
         if parameters.parts == "attention":
             counts = parameters.counts(before)
             left = [
-                _highest(group_scores(heads.square(), before), torch.ones(before.channels), counts, before)
+                best_left(group_scores(heads.square(), before), torch.ones(before.channels), counts, before)
                 for heads in attention
             ]
         else:
@@ -377,15 +362,15 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
                 attention, ffn, before, parameters.sparsity, parameters.structure, parameters.multiple_of
             )
         widest = Counts(max(len(one.groups) for one in left), max(len(one.channels) for one in left))
-        padded = _allowed(config, widest, before, parameters)
+        padded = allowed_counts(config, widest, before, parameters)
 
         def means(block: Block) -> dict[str, Tensor]:
-            layers = _written_layers(block)
+            layers = written_layers(block)
             words = {"all": ("query", "width"), "attention": ("query",), "ffn": ("width",)}[parameters.parts]
             found = reader.tensors([f"{block.prefix}mean.{word}" for word in words])
             return {layers[word]: found[f"{block.prefix}mean.{word}"] for word in words}
 
-        return _narrow(
+        return narrow_blocks(
             run,
             parameters,
             model,
@@ -395,13 +380,15 @@ def flap(run: Run, parameters: FlapParameters, model: Artifact, measured: Artifa
         )
 
 
-def _allowed(config: dict[str, Any], widest: Counts, before: Widths, parameters: WidthParameters) -> Counts:
+def allowed_counts(
+    config: Mapping[str, Any], widest: Counts, before: Widths, parameters: NarrowingParameters
+) -> Counts:
     """The least widths, from those of the widest block on, that a stock config can say."""
     multiple = parameters.multiple_of
     channels = min(-(-widest.channels // multiple) * multiple, before.channels)
     for groups in range(widest.groups, before.groups):
         try:
-            narrowed_config(config, groups, channels, biased=_new_biases(parameters, config))
+            narrowed_config(config, groups, channels, biased=new_biases(parameters, config))
         except UnsupportedModel:
             continue
         return Counts(groups, channels)
@@ -421,7 +408,7 @@ def llm_pruner(run: Run, parameters: LlmPrunerParameters, model: Artifact, measu
     """Width: heads and channels that the loss needs least by Taylor's estimate, sum |w g| over their weights, go."""
     import torch
 
-    config = _config(run, model)
+    config = config_of(run, model)
     before, blocks = widths(config), block_count(config)
     share = parameters.share(blocks)
     counts = uniform_counts(before, share, parameters.parts, parameters.multiple_of)
@@ -433,7 +420,7 @@ def llm_pruner(run: Run, parameters: LlmPrunerParameters, model: Artifact, measu
                 return whole
             names = {part: f"{block.prefix}{part}.{parameters.importance}" for part in ("group", "channel")}
             found = reader.tensors([name for name in names.values() if name in reader.manifest.tensors])
-            return _highest(found.get(names["group"]), found[names["channel"]], counts, before)
+            return best_left(found.get(names["group"]), found[names["channel"]], counts, before)
 
         padded = counts if parameters.uniform else Counts(before.groups, before.channels)
-        return _narrow(run, parameters, model, choose, padded=padded)
+        return narrow_blocks(run, parameters, model, choose, padded=padded)
