@@ -348,12 +348,13 @@ class Builder:
         for measurement in measurements:
             stage, entry, label = measurement.stage, measurement.settings, f"evaluation '{measurement.name}'"
             path: Path = ("evaluate", measurement.name)
-            inputs = {"model": instance}
+            root = self.nodes[instance].root
+            inputs = {"model": instance, **({"reference": root} if "reference" in stage.inputs else {})}
             complete = True
             for role, kind in stage.inputs.items():
                 if kind == "tokens":
                     if str(entry.get(role)) in self.data:
-                        inputs[role] = self._tokens(entry[role], self.nodes[instance].root)
+                        inputs[role] = self._tokens(entry[role], root)
                     else:
                         complete = False
                         if str(entry.get(role)) not in self.broken:
@@ -366,7 +367,9 @@ class Builder:
             if complete and parameters is not None:
                 name = f"{instance}/{measurement.name}"
                 line = self.document.line(*path)
-                self.nodes[name] = Node(name, stage, parameters, inputs, line, self.nodes[instance].root)
+                for role, (asked, further) in stage.derived(parameters).items():
+                    inputs[role] = self._derived(CATALOGUE[asked], further, {**inputs, "model": root}, line, root)
+                self.nodes[name] = Node(name, stage, parameters, inputs, line, root)
                 yield name
 
     def _check_overlap(self, section: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def check_sources(recipe: Recipe) -> list[Problem]:
                 check_model(parameters.source)
             elif node.stage.name == "source/tokens":
                 check_text(parameters.source, parameters.split, of_records=parameters.of_records)
-                size = None if parameters.of_records else text_bytes(parameters.source, parameters.split)
+                size = None if parameters.padded else text_bytes(parameters.source, parameters.split)
                 if size is not None and parameters.samples and size < parameters.samples * parameters.length:
                     raise ColdpressError(
                         f"{parameters.source} has {size} bytes, too few for {parameters.samples} windows of "
@@ -126,14 +126,13 @@ def check_models(plan: Mapping[str, Planned], store: Store) -> list[Problem]:
 
 
 def _padded_data(node: Node, plan: Mapping[str, Planned]) -> Iterator[Problem]:
-    """Records padded to one length where all tokens of a window are used."""
+    """Windows padded to one length where all tokens of a window are used."""
     for role, name in node.inputs.items():
         parameters: Any = plan[name].node.parameters
-        trains = role != "calibration" and node.stage.use != "evaluate"
-        if plan[name].node.stage.name == "source/tokens" and parameters.of_records and not trains:
+        if role == "calibration" and plan[name].node.stage.name == "source/tokens" and parameters.padded:
             yield Problem(
-                f"{node.label}: {role} '{name}' are records, padded to one length, which only training can use; name a "
-                "data entry of running text",
+                f"{node.label}: {role} '{name}' are records or lines, padded to one length, which only training and "
+                "evaluation can use; name a data entry of running text",
                 node.line,
             )
 

@@ -412,12 +412,13 @@ def _restore(
 def read_windows(run: Run, tokens: Artifact, model: StoredModel, *, padded: bool = False) -> Tensor:
     """Token ids [windows, length] of a tokens artifact, checked against the model's vocabulary and context.
 
-    padded: whether they may be records, of which some tokens are padding.
+    padded: whether they may be records or lines, of which some tokens are padding.
     """
     with ArtifactReader(run.store, tokens) as reader:
         if "counted" in reader.manifest.tensors and not padded:
             raise StageError(
-                "the data are records, padded to one length, which only training can use; give running text instead"
+                "the data are records or lines, padded to one length, which only training and evaluation can use; give "
+                "running text instead"
             )
         windows = reader.tensors(["input_ids"])["input_ids"].long()
     vocabulary = int(model.config["vocab_size"])

@@ -120,7 +120,8 @@ class Stage:
     something is derived. bits_written: how many for each weight of the model, where neither the kind of its output nor
     a parameter `bits` says so.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
-    ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
+    ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration, or, for an
+    evaluation, the first model of the variant's branch, which is also what an input `reference` is.
     """
 
     use: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -99,8 +99,10 @@ def check_cache(parameters: PerplexityParameters, facts: ModelFacts) -> Iterator
 def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data: Artifact) -> Artifact:
     """exp(mean over windows of the mean cross-entropy of the next token), on the weights as stored.
 
-    Of an adapter: of its checkpoint with the adapter's terms added to the weights. With a quantized cache: each token's
-    loss is that of decoding token by token, where it attends to what the cache holds at that moment.
+    Of padded windows (lines, records): per token that counts, and the mean and the median over the windows, which are
+    other measures and have other names. Of an adapter: of its checkpoint with the adapter's terms added to the weights.
+    With a quantized cache: each token's loss is that of decoding token by token, where it attends to what the cache
+    holds at that moment.
     """
     import math
 
@@ -110,18 +112,23 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
     from ..skeleton import Skeleton
 
     with StoredModel(run, model) as stored, torch.no_grad():
-        windows = read_windows(run, data, stored)
+        windows = read_windows(run, data, stored, padded=True)
+        counted = _counted(run, data)
         skeleton = Skeleton(stored.config, resolve_dtype(parameters.dtype, stored), run.device)
         rounding = _round_activations(skeleton, stored, parameters.activations)
         advance, caching = _quantize_cache(skeleton, parameters.kv_cache, int(windows.shape[1]))
         hidden, outer, steps = stream_hidden(run, stored, skeleton, windows, "scoring", advance=advance)
-        losses = window_losses(skeleton, outer, windows, hidden, run.device)
-    mean = math.fsum(losses) / len(losses)
+        losses = window_losses(skeleton, outer, windows, hidden, run.device, counted)
+    tokens = None if counted is None else counted.sum(1).tolist()
+    if tokens is None:
+        mean = math.fsum(losses) / len(losses)
+    else:
+        mean = math.fsum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
     if not math.isfinite(mean):
         raise StageError("the loss is not a finite number: the model's weights or activations overflow in this dtype")
     with ArtifactWriter(run.store, "metrics") as writer:
         result = {
-            "perplexity": math.exp(min(mean, 700.0)),
+            **({"perplexity": exp(mean)} if tokens is None else _by_window(mean, losses, tokens)),
             "loss_nats": mean,
             "windows": len(losses),
             "length": int(windows.shape[1]),
@@ -132,6 +139,34 @@ def perplexity(run: Run, parameters: PerplexityParameters, model: Artifact, data
             result |= {key: sum(step[key] for step in steps) for key in ("kv_cache_bytes", "kv_cache_bytes_in_full")}
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()
+
+
+def exp(loss: float) -> float:
+    """The perplexity of a mean loss in nats; what would overflow is cut off at 1e304."""
+    import math
+
+    return math.exp(min(loss, 700.0))
+
+
+def _counted(run: Run, data: Artifact) -> Tensor | None:
+    """Which of the tokens 1.. count, bool [windows, length - 1]; None when all do."""
+    from ...storage.artifacts import ArtifactReader
+
+    with ArtifactReader(run.store, data) as reader:
+        return reader.tensors(["counted"])["counted"].bool() if "counted" in reader.manifest.tensors else None
+
+
+def _by_window(mean: float, losses: list[float], tokens: list[int]) -> dict[str, Any]:
+    """The perplexities of windows of unlike lengths."""
+    import statistics
+
+    each = [exp(loss) for loss in losses]
+    return {
+        "perplexity_per_token": exp(mean),
+        "perplexity_mean_of_windows": statistics.fmean(each),
+        "perplexity_median_of_windows": statistics.median(each),
+        "window_tokens": tokens,
+    }
 
 
 def _round_activations(skeleton: Skeleton, stored: StoredModel, activations: str) -> str:
@@ -175,23 +210,33 @@ def _quantize_cache(
 
 
 def window_losses(
-    skeleton: Skeleton, outer: Mapping[str, Tensor], windows: Tensor, hidden: Tensor, device: str
+    skeleton: Skeleton,
+    outer: Mapping[str, Tensor],
+    windows: Tensor,
+    hidden: Tensor,
+    device: str,
+    counted: Tensor | None = None,
 ) -> list[float]:
-    """`window_loss` of each window [windows, length], given the last block's outputs [windows, length, hidden]."""
+    """`window_loss` of each window [windows, length], given the last block's outputs [windows, length, hidden].
+
+    counted: which of the tokens 1.. count, bool [windows, length - 1]; None: all.
+    """
     losses = []
-    for window, outputs in zip(windows, hidden, strict=True):
-        features = skeleton.finish(outer, outputs[None].to(device))[0]
-        losses.append(window_loss(skeleton, outer, features, window.to(device)))
+    for number, (window, outputs) in enumerate(zip(windows, hidden, strict=True)):
+        features, targets = skeleton.finish(outer, outputs[None].to(device))[0, :-1], window[1:].to(device)
+        if counted is not None:
+            kept = counted[number].to(device)
+            features, targets = features[kept], targets[kept]
+        losses.append(window_loss(skeleton, outer, features, targets))
     return losses
 
 
-def window_loss(skeleton: Skeleton, outer: Mapping[str, Tensor], features: Tensor, window: Tensor) -> float:
-    """Mean cross-entropy in nats of tokens 1.. of a window [length], given head inputs [length, features]."""
+def window_loss(skeleton: Skeleton, outer: Mapping[str, Tensor], features: Tensor, targets: Tensor) -> float:
+    """Mean cross-entropy in nats of targets [positions], given head inputs [positions, features] of those before."""
     import torch
     from torch.nn.functional import cross_entropy
 
     total = torch.zeros((), dtype=torch.float64)
-    targets = window[1:]
     for start in range(0, len(targets), HEAD_CHUNK):
         stop = min(start + HEAD_CHUNK, len(targets))
         logits = skeleton.logits(outer, features[start:stop])

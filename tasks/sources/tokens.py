@@ -41,6 +41,13 @@ class TokensParameters(Parameters):
         None, description="instead of both: prompts are made of 'instruction' and 'input', 'output' is the response"
     )
     loss_on: Literal["response", "all"] = Field("response", description="tokens of a record that training learns from")
+    unit: Literal["windows", "lines"] = Field(
+        "windows", description="lines: each line of the text that is not blank is a window of its own, padded"
+    )
+    joined_by: Literal["blank line", "line", "space"] = Field(
+        "blank line", description="what stands between documents; space for Penn Treebank"
+    )
+    draw: Literal["random", "first"] = Field("random", description="which `samples` windows; first: as C4's protocol")
 
     @model_validator(mode="after")
     def _records_or_text(self) -> TokensParameters:
@@ -52,6 +59,10 @@ class TokensParameters(Parameters):
             )
         if self.of_records and self.field != "text":
             raise ValueError("'field' is of running text; records have 'prompt' and 'response', or a template")
+        if self.of_records and (self.unit, self.joined_by) != ("windows", "blank line"):
+            raise ValueError("'unit' and 'joined_by' are of running text; records are windows of their own")
+        if self.draw == "first" and self.samples is None:
+            raise ValueError("'draw: first' needs 'samples', how many windows")
         if not self.of_records and self.loss_on != "response":
             raise ValueError("'loss_on' is of records; give 'prompt' and 'response', or a template")
         return self
@@ -60,6 +71,11 @@ class TokensParameters(Parameters):
     def of_records(self) -> bool:
         """Whether each record is a window, padded, rather than a piece of running text."""
         return self.prompt is not None or self.template is not None
+
+    @property
+    def padded(self) -> bool:
+        """Whether windows are padded to one length."""
+        return self.of_records or self.unit == "lines"
 
 
 @stage(
@@ -75,11 +91,13 @@ class TokensParameters(Parameters):
 def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
     """Non-overlapping windows of the text joined by blank lines, tokenized in one piece by the model's tokenizer.
 
-    Or, of records with a prompt and a response, a window for each, padded; what training learns from is marked.
+    Or, of records with a prompt and a response, a window for each, padded; what training learns from is marked. Or a
+    window for each line.
     """
     run.progress("tokenizing", 0, 1)
     tokenizer = _tokenizer(run, model)
-    tensors, facts = _records(parameters, tokenizer) if parameters.of_records else _text(parameters, tokenizer)
+    make = _records if parameters.of_records else _lines if parameters.unit == "lines" else _text
+    tensors, facts = make(parameters, tokenizer)
     with ArtifactWriter(run.store, "tokens") as writer:
         writer.add_tensors(tensors)
         windows, length = tensors["input_ids"].shape
@@ -95,7 +113,8 @@ def _text(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch
     import torch
 
     texts = documents(parameters.source, parameters.split, parameters.field, parameters.name, parameters.revision)
-    text = "\n\n".join(itertools.islice(texts, parameters.documents))
+    between = {"blank line": "\n\n", "line": "\n", "space": " "}[parameters.joined_by]
+    text = between.join(itertools.islice(texts, parameters.documents))
     # Special tokens (a BOS, for some) stand at the beginning of the whole text only.
     ids = torch.tensor(tokenizer(text, return_attention_mask=False)["input_ids"], dtype=torch.int64)
     there = len(ids) // parameters.length
@@ -105,9 +124,34 @@ def _text(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch
             f"{parameters.source} (split {parameters.split}) has {len(ids)} tokens, enough for {there} windows of "
             f"{parameters.length}, but {max(wanted, 1)} are asked for; lower samples or length, or give more text"
         )
-    chosen = choose_windows(there, parameters.samples, parameters.seed)
+    chosen = list(range(wanted)) if parameters.draw == "first" else choose_windows(there, wanted, parameters.seed)
     windows = ids[: there * parameters.length].reshape(there, parameters.length)[chosen]
     return {"input_ids": windows.to(torch.int32).contiguous()}, {"windows_available": there}
+
+
+def _lines(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """A window for each line that has a token to predict, with the special tokens that the tokenizer adds to a text."""
+    import itertools
+
+    texts = documents(parameters.source, parameters.split, parameters.field, parameters.name, parameters.revision)
+    lines = [
+        line for text in itertools.islice(texts, parameters.documents) for line in text.split("\n") if line.strip()
+    ]
+    found: list[list[int]] = tokenizer(lines, return_attention_mask=False)["input_ids"] if lines else []
+    examples = [(ids, 1) for ids in found if len(ids) > 1]
+    wanted = len(examples) if parameters.samples is None else parameters.samples
+    if len(examples) < max(wanted, 1):
+        raise StageError(
+            f"{parameters.source} (split {parameters.split}) has {len(examples)} lines of two tokens or more, but "
+            f"{max(wanted, 1)} are asked for; lower samples, or give more text"
+        )
+    places = (
+        list(range(wanted)) if parameters.draw == "first" else choose_windows(len(examples), wanted, parameters.seed)
+    )
+    chosen = [examples[place] for place in places]
+    windows, counted = padded(chosen, parameters.length, 0, prompts_count=True)
+    cut = sum(len(ids) > parameters.length for ids, _ in chosen)
+    return {"input_ids": windows, "counted": counted}, {"windows_available": len(examples), "lines_cut": cut}
 
 
 def _records(parameters: TokensParameters, tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:

@@ -238,7 +238,7 @@ def test_an_evaluation_with_a_name_of_its_own_is_of_the_variants_that_it_names(c
     ("old", "new", "says"),
     [
         ("method: perplexity", "method: perplexty", "evaluation 'kv2': unknown method 'perplexty'; did you mean"),
-        ("method: perplexity, ", "", "unknown evaluation 'kv2'; there is perplexity, size"),
+        ("method: perplexity, ", "", "unknown evaluation 'kv2'; there is divergence, perplexity"),
         ("variants: [base, nf4]", "variants: [bas]", "evaluation 'kv2': its variants must be a list of the recipe's"),
         ("variants: [base, nf4]", "variants: base", "evaluation 'kv2': its variants must be a list of the recipe's"),
         ("data: held_out, variants", "data: held, variants", "evaluation 'kv2' needs 'data'"),
@@ -368,3 +368,20 @@ def test_the_llama_study_is_right_but_for_the_network(monkeypatch: pytest.Monkey
     offline = check_sources(recipe)
     assert len(offline) == 6
     assert all("the Hub can't be reached" in problem.message for problem in offline)
+
+
+def test_divergence_compares_every_variant_with_the_one_model_it_came_from(change: Change) -> None:
+    path = change("perplexity: {data: held_out}", "perplexity: {data: held_out}\n  divergence: {data: held_out}")
+    recipe = load_recipe(str(path))
+    compared = [node for node in recipe.nodes if node.stage.name == "evaluate/divergence"]
+    assert [node.name for node in compared] == [f"{variant}/divergence" for variant in recipe.variants]
+    assert {node.inputs["reference"] for node in compared} == {"base"}
+    (expected,) = {node.inputs["expected"] for node in compared}
+    made = recipe.node(expected)
+    assert (made.stage.name, dict(made.inputs)) == ("statistics/outputs", {"model": "base", "data": "held_out"})
+    prepare(recipe, Store("memory://divergence"))
+
+
+def test_lines_calibrate_nothing(change: Change) -> None:
+    path = change("calibration: {source", "calibration: {unit: lines, source")
+    assert "padded to one length" in " ".join(problems(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import plain_methods
@@ -14,6 +15,7 @@ from coldpress.storage.artifacts import Artifact, ArtifactWriter
 from coldpress.storage.store import Store
 from coldpress.tasks.stage import StageError
 from torch import Tensor
+from transformers import AutoTokenizer
 
 
 @pytest.fixture
@@ -111,3 +113,30 @@ def test_a_manifest_with_an_unknown_format_is_refused(
     strange = store.put_manifest(replace(store.manifest(base), format="marlin"))
     with pytest.raises(StageError, match="can't read a checkpoint in the format 'marlin'; it takes adapter, awq, "):
         measure(strange, make_tokens(base))
+
+
+def test_lines_are_scored_each_for_itself_and_padding_never_counts(
+    tmp_path: Path,
+    import_model: Callable[..., Artifact],
+    whole_model: Callable[..., Any],
+    make_tokens: Callable[..., Artifact],
+    tiny_model_folder: Callable[..., str],
+    measure: Callable[..., dict[str, Any]],
+) -> None:
+    lines = ["the cat", "  ", "a dog and another dog and a third one", "it was"]
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(lines))
+    base = import_model("llama")
+    found = measure(base, make_tokens(base, source=str(path), split="all", samples=None, length=24, unit="lines"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder("llama"))
+    model, losses = whole_model("llama"), []
+    for line in (lines[0], lines[2], lines[3]):
+        ids = torch.tensor(tokenizer(line)["input_ids"][:24])
+        losses.append(torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+    each = [math.exp(loss.mean()) for loss in losses]
+    assert "perplexity" not in found
+    assert found["windows"] == 3
+    assert found["window_tokens"] == [len(loss) for loss in losses]
+    assert found["perplexity_per_token"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-4)
+    assert found["perplexity_mean_of_windows"] == pytest.approx(sum(each) / 3, rel=1e-4)
+    assert found["perplexity_median_of_windows"] == pytest.approx(sorted(each)[1], rel=1e-4)

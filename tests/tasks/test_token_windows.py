@@ -200,3 +200,29 @@ def test_a_draw_takes_as_many_different_windows_as_asked(samples: int) -> None:
 
 def test_every_window_has_its_chance() -> None:
     assert {window for seed in range(200) for window in choose_windows(20, 2, seed)} == set(range(20))
+
+
+@pytest.mark.parametrize(("joined_by", "between"), [("blank line", "\n\n"), ("line", "\n"), ("space", " ")])
+def test_documents_are_joined_as_a_protocol_asks_and_the_first_windows_taken(
+    joined_by: str,
+    between: str,
+    tmp_path: Path,
+    base: Artifact,
+    make_tokens: Callable[..., Artifact],
+    windows: Windows,
+    tiny_model_folder: Callable[..., str],
+) -> None:
+    path = tmp_path / "documents.jsonl"
+    texts = [f"{letter} and the other" for letter in "abcdefgh"]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    ids = AutoTokenizer.from_pretrained(tiny_model_folder("llama"))(between.join(texts))["input_ids"]
+    settings = {"source": str(path), "split": "all", "length": 8, "joined_by": joined_by}
+    found = windows(make_tokens(base, samples=3, draw="first", **settings))
+    assert found.flatten().tolist() == ids[:24]
+
+
+def test_lines_that_are_too_few_are_told(tmp_path: Path, base: Artifact, make_tokens: Callable[..., Artifact]) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("one line\n\n \nanother line\n")
+    with pytest.raises(StageError, match="has 2 lines of two tokens or more, but 5 are asked for"):
+        make_tokens(base, source=str(path), split="all", samples=5, length=8, unit="lines")
