@@ -185,15 +185,20 @@ def test_padding_and_prompts_make_no_difference_to_what_is_learned(
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_only_training_takes_padded_windows(
+def test_calibration_takes_no_padded_windows_and_perplexity_counts_responses_alone(
     base: Artifact, records_file: Callable[..., str], make_tokens: Callable[..., Artifact],
-    run_stage: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact], whole_model: Callable[..., Any], read_tensors: Callable[..., dict[str, Tensor]],
+    read_metrics: Callable[[Artifact], dict[str, Any]],
 ) -> None:  # fmt: skip
     data = make_tokens(base, source=records_file(), **FIELDS)
-    with pytest.raises(StageError, match="only training can use; give running text"):
+    with pytest.raises(StageError, match="only training and evaluation can use; give running text"):
         run_stage("prune/wanda", {"model": base, "calibration": data}, sparsity=0.5)
-    with pytest.raises(StageError, match="only training can use; give running text"):
-        run_stage("evaluate/perplexity", {"model": base, "data": data})
+    found = read_metrics(run_stage("evaluate/perplexity", {"model": base, "data": data}))
+    tensors = read_tensors(data)
+    ids, counted = tensors["input_ids"].long(), tensors["counted"][0].bool()
+    losses = torch.nn.functional.cross_entropy(whole_model("llama")(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    assert found["window_tokens"] == [int(counted.sum())]
+    assert found["loss_nats"] == pytest.approx(float(losses[counted].mean()), rel=1e-5)
 
 
 def test_bad_records_are_told_in_a_sentence(
