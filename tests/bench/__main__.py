@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import allocation, cached, gptq, journal, memory, sparsegpt, store, training, wanda
+from . import allocation, cached, gptq, journal, memory, perplexity, sparsegpt, store, training, wanda
 from .measuring import ProcessFailed, Row, in_fresh_process
 
 BENCHMARKS = {
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "sparsegpt": sparsegpt,
     "allocation": allocation,
     "gptq": gptq,
+    "perplexity": perplexity,
     "journal": journal,
     "training": training,
     "memory": memory,

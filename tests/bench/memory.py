@@ -46,6 +46,7 @@ def measure() -> list[Row]:
         (Path(folder) / "model.safetensors").unlink()
         if blocks != OTHERS_BLOCKS:
             peaks[blocks] = in_fresh_process(peak, f"store-{blocks}", "prune/wanda", {"sparsity": 0.5}, *inputs[blocks])
+    scoring = in_fresh_process(peak, f"store-{BLOCKS}", "evaluate/perplexity", {}, *inputs[BLOCKS])
     others = {
         name: in_fresh_process(peak, f"store-{OTHERS_BLOCKS}", name, settings, *inputs[OTHERS_BLOCKS]) / 1e9
         for name, settings in OTHERS.items()
@@ -60,6 +61,7 @@ def measure() -> list[Row]:
             2.0,
             f"the weights are {parameters * 2 / 1e9:.2f} GB",
         ),
+        Row("its perplexity, peak memory", scoring / 1e9, "GB", 2.0),
         Row("… of which the imported libraries", in_fresh_process(imports) / 1e9, "GB"),
         Row(
             f"{FEW} and {MORE} blocks, peaks apart by",
@@ -149,13 +151,14 @@ def peak(store_folder: str, name: str, settings: dict[str, Any], model: list[Any
     from .smollm2 import run_stage
 
     store, entry = Store(store_folder), stage_named(name)
-    given = {"model": Artifact(*model), "calibration": Artifact(*calibration)}
+    given = {"model": Artifact(*model), "calibration": Artifact(*calibration), "data": Artifact(*calibration)}
+    inputs = {role: given[role] for role in entry.inputs if role not in entry.passed_on}
     for role, (asked, further) in entry.derived(entry.parameters(**settings)).items():
         worker = Worker("cpu")
-        given[role] = run_stage(worker, store, asked, dict(given), **further).artifact
+        needed = {name: given[name] for name in stage_named(asked).inputs}
+        inputs[role] = run_stage(worker, store, asked, needed, **further).artifact
         worker.kill()
     worker = Worker("cpu")
-    inputs = {role: one for role, one in given.items() if role not in entry.passed_on}
     action = run_stage(worker, store, name, inputs, **settings)
     worker.kill()
     assert action.provenance["peak_memory_of"] == "stage", "the peak cannot be told from what came before the stage"
