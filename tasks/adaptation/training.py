@@ -127,7 +127,7 @@ def train(
         before = round(sum(step.get("seconds", 0.0) for step in journal.steps), 3)
         note = {"from_step": len(losses), "of": steps, "seconds_before": before}
         run.note("resumed", {**note, "phase": phase + 1} if phase else note)
-    elif journal.steps and not phase:
+    elif journal.attempts[-1]["from_step"] and not phase:
         run.note("resumed", {"from_step": 0, "of": steps, "seconds_before": 0.0})
     saving = SavingPace(3 * sum(tensor.nbytes for tensor in kept.values()))
     clock = time.perf_counter()

@@ -240,6 +240,7 @@ def test_losa_goes_on_where_it_ended(
         if action.stage.startswith(("adapt/", "prune/", "statistics/")):
             store.files.delete(f"actions/{action.stage}/{action.key}")
     undisturbed = attempt(dies=False)
+    assert "resumed" not in undisturbed.provenance
     assert resumed.artifact == undisturbed.artifact
     assert resumed.provenance["training"]["losses"] == undisturbed.provenance["training"]["losses"]
     assert resumed.provenance["ranks"] == undisturbed.provenance["ranks"]
