@@ -100,7 +100,9 @@ def compare_all(items: Sequence[Items], references: Mapping[str, Sequence[str]])
         metric = group[0].metric
         values = {one.row: numpy.asarray(one.values, dtype=float) for one in group}
         pairs = list(combinations(values, 2))
-        found = dict(zip(pairs, paired_differences(numpy.stack([values[a] - values[b] for a, b in pairs])), strict=True))
+        found = dict(
+            zip(pairs, paired_differences(numpy.stack([values[a] - values[b] for a, b in pairs])), strict=True)
+        )
         alike.setdefault(metric, []).extend(list(pair) for pair in pairs if found[pair].within_noise)
         unit = _unit(metric, values.values())
         for row in values:
@@ -108,7 +110,10 @@ def compare_all(items: Sequence[Items], references: Mapping[str, Sequence[str]])
             if reference is not None:
                 known = found.get((row, reference)) or _turned(found[reference, row])
                 differences.setdefault(row, {})[metric] = _entry(known, unit, reference, len(values[row]))
-    return {"differences": differences, "indistinguishable": {metric: pairs for metric, pairs in alike.items() if pairs}}
+    return {
+        "differences": differences,
+        "indistinguishable": {metric: pairs for metric, pairs in alike.items() if pairs},
+    }
 
 
 def _comparable(items: Sequence[Items]) -> list[list[Items]]:
