@@ -26,9 +26,10 @@ class StageResult:
     """How a node ended.
 
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
-    its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
-    died before it did); in reports that compute nothing, also "not computed". shares_by_block: of a stage that removes weights, the share of each block's linear weights.
-    bits_by_block: of one that gives layers their own precision, the mean bits of each block's weights.
+    its work kept); failed; skipped (something before it did not finish); pending (the run hasn't come to it, or died
+    before it did); or in a report, which computes nothing, not computed. shares_by_block: of a stage that removes
+    weights, the share of each block's linear weights. bits_by_block: of one that gives layers their own precision, the
+    mean bits of each block's weights.
     losses: of a stage that trains, the mean loss of each step, in nats per token.
     inputs: names of other nodes by role. parameters: those that are not at their default. provenance: how it came
     about, as far as the report shows it. kind, format: of its artifact; format and base, the artifact that an adapter

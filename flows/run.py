@@ -7,9 +7,10 @@ tasks is an artifact reference. A run that is wholly cached answers without Pref
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..tasks.reporting.significance import Items, compare_all
 from .execution import Execution
 from .plan import Planned, check_disk, prepare
 from .prefect_server import configure_prefect, reach_server, server_configured
+from .provenance import show_report
 from .recipe import Node, Recipe
 from .result import RunResult, read_items, save_record
 from .terminal import Terminal
@@ -149,7 +151,7 @@ def _run_on_prefect(
             task_runner=_task_runner(slots),
             persist_result=False,
             validate_parameters=False,
-        )(execution.flow)
+        )(_with_report(execution, recipe, store, result))
         # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
         settings = {} if workers else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
         with temporary_settings(settings):
@@ -157,6 +159,19 @@ def _run_on_prefect(
     finally:
         for worker in workers:
             worker.kill()
+
+
+def _with_report(execution: Execution, recipe: Recipe, store: Store, result: RunResult) -> Callable[..., Any]:
+    """The body of a run's own flow: the stages, and then the report as an artifact of the flow run."""
+
+    @functools.wraps(execution.flow)  # whose parameters the dashboard shows
+    def body(*parameters: Any, **named: Any) -> Any:
+        state = execution.flow(*parameters, **named)
+        collect_metrics(recipe, store, result)
+        show_report(result)
+        return state
+
+    return body
 
 
 def _task_runner(slots: int) -> Any:
