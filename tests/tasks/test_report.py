@@ -99,8 +99,8 @@ def test_the_best_variant_that_fits_is_recommended_by_a_figure_that_is_named(doc
     assert found["best"] == "int8"
     assert found["figure"] == "process_memory_bytes"
     assert found["words"].startswith(
-        "For 700.0 MB take int8: perplexity 9.03 in 663.1 MB, by measured resident memory of the process; device memory "
-        "was not measured."
+        "For 700.0 MB take int8: perplexity 9.03 in 663.1 MB, by measured resident memory of the process; device "
+        "memory was not measured."
     )
     assert found["too_large"]["base"] == 790_000_000
     assert found["not_measured"] == ["awq4", "broken", "never"]
@@ -138,7 +138,7 @@ def test_budgets_are_read_with_their_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["8 gigs", "GB", "", "-1GB", "0GB"])
 def test_other_budgets_are_refused(text: str) -> None:
-    with pytest.raises(ColdpressError, match="write it like 8GB, 500MB or 7.5GiB"):
+    with pytest.raises(ColdpressError, match="write it like 8GB, 500MB or"):
         parse_bytes(text)
 
 
@@ -301,7 +301,10 @@ addEventListener("load", () => {
     const page = frame.contentDocument;
     const header = page.querySelectorAll("#variants thead th")[5];
     const column = () => [...page.querySelectorAll("#variants tbody tr")].map((row) => row.cells[5].textContent.trim());
-    const sorted = () => { header.querySelector("button").click(); return [header.getAttribute("aria-sort"), column()]; };
+    const sorted = () => {
+      header.querySelector("button").click();
+      return [header.getAttribute("aria-sort"), column()];
+    };
     const [rising, falling] = [sorted(), sorted()];
     const input = page.querySelector("#budget input");
     input.value = "620";
