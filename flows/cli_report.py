@@ -142,7 +142,7 @@ def _print_comparison(first: str, second: str, found: Mapping[str, Any], top: in
             ]
             table(("tensor", "|B - A| / |A|", "zeros in A", "zeros in B"), lines)
     if found["metrics"]:
-        lines = [
+        figures = [
             (
                 str(one["metric"]),
                 f"{one['a']:.6g}",
@@ -152,7 +152,7 @@ def _print_comparison(first: str, second: str, found: Mapping[str, Any], top: in
             )
             for one in found["metrics"]
         ]
-        table(("metric", "A", "B", "B - A", "95 % interval"), lines)
+        table(("metric", "A", "B", "B - A", "95 % interval"), figures)
     elif not found["identical"]:
         console.print("nothing was measured of both in the same way")
     for line in found["origin"]:

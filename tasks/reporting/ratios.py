@@ -11,8 +11,8 @@ def ratios(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
     The root is the model at the beginning of the variant's branch; where that was not measured, or the variant not, a
     ratio is absent. "size" is of the bytes on disk; "memory" of the peak while loading and running, compared on equal
-    hardware only: bytes allocated on a GPU, or on the CPU what the process took beyond what it held before it loaded
-    the model. Evaluations with names of their own, "variant/name", are compared with "root/name".
+    hardware only: bytes allocated on a GPU, or on the CPU what the process took beyond what it held before loading.
+    Evaluations with names of their own, "variant/name", are compared with "root/name".
     """
     roots = {stage["name"]: stage["root"] for stage in document["stages"]}
     metrics = document["metrics"]
