@@ -190,12 +190,12 @@ def new_figure(panels: int, height: float) -> tuple[Figure, list[Any]]:
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10 … as plain numbers."""
+    """Ticks of a logarithmic axis at 1, 2, 3, 5, 10 … as plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     plain = ScalarFormatter()
     plain.set_scientific(False)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.set_major_formatter(plain)
     axis.set_minor_formatter(NullFormatter())
 
