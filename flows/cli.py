@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from ..storage.errors import ColdpressError
+from .cli_report import REPORT_COMMANDS
 from .cli_server import SERVER_COMMANDS
 from .cli_store import STORE_COMMANDS
 from .command import (
@@ -209,7 +210,7 @@ def stages(name: str | None) -> None:
         click.echo("\ncoldpress stages NAME shows the parameters")
 
 
-for _command in (*STORE_COMMANDS, *SERVER_COMMANDS):
+for _command in (*STORE_COMMANDS, *REPORT_COMMANDS, *SERVER_COMMANDS):
     main.add_command(_command)
 
 

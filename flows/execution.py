@@ -23,7 +23,7 @@ from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import compare
-from .provenance import provenance_markdown, resumed_from
+from .provenance import artifact_key, provenance_markdown, resumed_from
 from .recipe import Node, Recipe
 from .result import PREEMPTED, RunResult, end_state, save_record
 from .terminal import Pace, Terminal
@@ -318,9 +318,3 @@ def grace_seconds() -> float:
 
 def _with_line(recipe: Recipe, node: Node, error: Exception) -> str:
     return f"{error} ({recipe.path}:{node.line})" if node.line else str(error)
-
-
-def artifact_key(text: str) -> str:
-    """The text as a Prefect artifact key: small letters, digits and dashes."""
-    kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())
-    return "-".join(part for part in kept.split("-") if part)

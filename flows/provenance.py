@@ -1,4 +1,4 @@
-"""What a person reads of a stage's provenance, on the dashboard and on the terminal."""
+"""What a person reads of stages and runs on the dashboard: provenance, and the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 from ..storage.store import Action
 from .recipe import Node
+from .result import RunResult
 
 
 def provenance_markdown(node: Node, action: Action, state: str) -> str:
@@ -41,3 +42,25 @@ def resumed_from(action: Action) -> str:
     if resumed["recomputed_blocks"]:
         text += f", activations recomputed through {resumed['recomputed_blocks']}"
     return text
+
+
+def show_report(result: RunResult) -> None:
+    """Make the comparison table, and what to beware of in reading it, an artifact of the present flow run."""
+    if not result.variants:
+        return
+    from prefect.artifacts import create_markdown_artifact
+
+    from ..tasks.reporting.page import markdown
+
+    ending = f"run `{result.run}`, attempt {result.attempt}, store `{result.store}`"
+    create_markdown_artifact(
+        markdown=f"{markdown(result.to_json())}\n{ending}",
+        key=artifact_key(f"{result.recipe}-report"),
+        description=f"report of {result.recipe}",
+    )
+
+
+def artifact_key(text: str) -> str:
+    """The text as a Prefect artifact key: small letters, digits and dashes."""
+    kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())
+    return "-".join(part for part in kept.split("-") if part)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
 from ..storage.store import Action, Store
+from ..tasks.reporting.significance import PERPLEXITY
 from .recipe import Node, Recipe
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 PREEMPTED = "Pre-empted"  # the name of the Prefect state
 DONE = ("cached", "computed", "resumed")
+NOT_COMPUTED = "not computed"  # in a report that computes nothing
+_SHOWN = ("started", "device", "host", "versions", "commit", "resumed", "warnings")  # of provenance, by the report
 
 
 @dataclass
@@ -22,10 +26,14 @@ class StageResult:
     """How a node ended.
 
     state: cached; computed; resumed (computed from where an earlier attempt had ended); pre-empted (asked to stop,
-    its work kept); failed; skipped (something before it did not finish); or pending (the run hasn't come to it, or
-    died before it did). shares_by_block: of a stage that removes weights, the share of each block's linear weights.
-    bits_by_block: of one that gives layers their own precision, the mean bits of each block's weights.
+    its work kept); failed; skipped (something before it did not finish); pending (the run hasn't come to it, or died
+    before it did); or in a report, which computes nothing, not computed. shares_by_block: of a stage that removes
+    weights, the share of each block's linear weights. bits_by_block: of one that gives layers their own precision, the
+    mean bits of each block's weights.
     losses: of a stage that trains, the mean loss of each step, in nats per token.
+    inputs: names of other nodes by role. parameters: those that are not at their default. provenance: how it came
+    about, as far as the report shows it. kind, format: of its artifact; format and base, the artifact that an adapter
+    belongs to, are known of variants only.
     """
 
     name: str
@@ -40,6 +48,12 @@ class StageResult:
     shares_by_block: list[float] | None = None
     bits_by_block: list[float] | None = None
     losses: list[float] | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    format: str | None = None
+    base: str | None = None
     error: str | None = None
 
 
@@ -48,6 +62,7 @@ class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
+    runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.
     """
 
     run: str
@@ -56,6 +71,9 @@ class RunResult:
     variants: tuple[str, ...]
     stages: dict[str, StageResult] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runtimes: dict[str, dict[str, str]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    indistinguishable: dict[str, list[list[str]]] = field(default_factory=dict)
     stopped_by: int | None = None
     attempt: int = 1
 
@@ -76,13 +94,20 @@ class RunResult:
             "stages": stages,
             "variants": list(self.variants),
             "metrics": self.metrics,
+            "runtimes": self.runtimes,
+            "differences": self.differences,
+            "indistinguishable": self.indistinguishable,
         }
 
     def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:
         """Note how a node ended, with what its action says of it."""
         self.stages[node.name] = entry = StageResult(node.name, node.stage.name, state, root=node.root, error=error)
+        entry.inputs = dict(node.inputs)
+        entry.parameters = node.parameters.model_dump(mode="json", exclude_defaults=True)
         if action is not None:
-            entry.key, entry.artifact = action.key, action.artifact
+            entry.key, entry.artifact, entry.kind = action.key, action.artifact, action.artifact.kind
+            entry.provenance = {name: action.provenance[name] for name in _SHOWN if name in action.provenance}
+            entry.provenance["attempts"] = len(action.provenance.get("attempts", [])) or 1
             entry.seconds = action.provenance.get("seconds")
             entry.peak_memory_bytes = action.provenance.get("peak_memory_bytes")
             entry.linear_weights = action.provenance.get("linear_weights")
@@ -93,6 +118,16 @@ class RunResult:
 
 def _by_block(noted: Mapping[str, float] | None) -> list[float] | None:
     return [noted[str(block)] for block in range(len(noted))] if noted else None
+
+
+def read_items(store: Store, artifact: Artifact, metrics: Mapping[str, Any]) -> dict[str, list[float]]:
+    """{metric: its value for each window or question}: perplexity's losses, others' `items.json`; {} without any."""
+    found: dict[str, list[float]] = {}
+    if "window_losses_nats" in metrics:
+        found[PERPLEXITY] = metrics["window_losses_nats"]
+    if "items.json" in store.manifest(artifact).files:
+        found.update(json.loads(store.read_file(artifact, "items.json")))
+    return found
 
 
 def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:

@@ -7,18 +7,21 @@ tasks is an artifact reference. A run that is wholly cached answers without Pref
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..storage.store import Store
+from ..tasks.reporting.significance import Items, compare_all
 from .execution import Execution
 from .plan import Planned, check_disk, prepare
 from .prefect_server import configure_prefect, reach_server, server_configured
-from .recipe import Recipe
-from .result import RunResult, save_record
+from .provenance import show_report
+from .recipe import Node, Recipe
+from .result import RunResult, read_items, save_record
 from .terminal import Terminal
 from .worker import InProcess, Worker
 
@@ -72,22 +75,49 @@ def run_recipe(
         if artifact is not None:
             store.set_ref(f"{recipe.name}/{node.name}", artifact)
     try:
-        _collect_metrics(recipe, store, result)
+        collect_metrics(recipe, store, result)
     finally:
         save_record(recipe, store, result)
     return result
 
 
-def _collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
+def collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
+    """Read what the evaluations found, and compare what was measured on the same windows or questions."""
+    items: list[Items] = []
     for variant in recipe.variants:
         result.metrics[variant] = {}
+        made = result.stages[variant]
+        if made.artifact is not None:
+            manifest = store.manifest(made.artifact)
+            made.format, made.base = manifest.format, manifest.base
         for name in recipe.evaluations.get(variant, ()):
             artifact = result.stages[name].artifact
             if artifact is not None:
                 found = json.loads(store.read_file(artifact, "metrics.json"))
                 values = {key: value for key, value in found.items() if not isinstance(value, list)}
                 usual = name == f"{variant}/{recipe.node(name).stage.method}"
-                result.metrics.setdefault(variant if usual else name, {}).update(values)
+                row = variant if usual else name
+                result.metrics.setdefault(row, {}).update(values)
+                data = _measured_on(recipe.node(name), result)
+                kept = read_items(store, artifact, found)
+                items.extend(Items(row, metric, data, each) for metric, each in kept.items())
+                if "runtime" in values:
+                    result.runtimes.setdefault(row, {})[recipe.node(name).stage.method] = values["runtime"]
+    compared = compare_all(items, {row: _references(recipe, row) for row in result.metrics})
+    result.differences, result.indistinguishable = compared["differences"], compared["indistinguishable"]
+
+
+def _references(recipe: Recipe, row: str) -> tuple[str, ...]:
+    """The rows that a row of the report is compared with: its root model's, or that one's evaluation of that name."""
+    variant = row if row in recipe.variants else row.rpartition("/")[0]
+    root = recipe.node(variant).root
+    return (root, root + row.removeprefix(variant))
+
+
+def _measured_on(node: Node, result: RunResult) -> str:
+    """What tells apart evaluations that asked other things: their data, or else the stage and its parameters."""
+    others = {role: str(result.stages[name].artifact) for role, name in node.inputs.items() if role != "model"}
+    return json.dumps(others or [node.stage.name, node.parameters.for_key()], sort_keys=True)
 
 
 def _run_on_prefect(
@@ -121,7 +151,7 @@ def _run_on_prefect(
             task_runner=_task_runner(slots),
             persist_result=False,
             validate_parameters=False,
-        )(execution.flow)
+        )(_with_report(execution, recipe, store, result))
         # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
         settings = {} if workers else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
         with temporary_settings(settings):
@@ -129,6 +159,19 @@ def _run_on_prefect(
     finally:
         for worker in workers:
             worker.kill()
+
+
+def _with_report(execution: Execution, recipe: Recipe, store: Store, result: RunResult) -> Callable[..., Any]:
+    """The body of a run's own flow: the stages, and then the report as an artifact of the flow run."""
+
+    @functools.wraps(execution.flow)  # whose parameters the dashboard shows
+    def body(*parameters: Any, **named: Any) -> Any:
+        state = execution.flow(*parameters, **named)
+        collect_metrics(recipe, store, result)
+        show_report(result)
+        return state
+
+    return body
 
 
 def _task_runner(slots: int) -> Any:

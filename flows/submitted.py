@@ -15,7 +15,6 @@ import time
 from typing import Any, NoReturn, cast
 
 import prefect
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -34,11 +33,11 @@ from rich.text import Text
 
 from ..storage.errors import ColdpressError
 from ..storage.store import Store
-from ..tasks.reporting.report import markdown_table
 from .deployment import FLOW, MAX_ATTEMPTS
-from .execution import artifact_key, grace_seconds
-from .recipe import Recipe, parse_recipe
-from .result import RunResult, end_state
+from .execution import grace_seconds
+from .provenance import show_report
+from .recipe import parse_recipe
+from .result import end_state
 from .run import Attempt, run_recipe
 from .terminal import Terminal
 
@@ -77,7 +76,7 @@ def recipe_run(
     attempt = Attempt(run or str(flow_run.id), flow_run.run_count)
     _end_when_orphaned()
     result = run_recipe(checked, Store(store), _LoggingTerminal(), device=device, within=attempt)
-    _show_report(checked, result)
+    show_report(result)
     if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]
         _end_quietly(Cancelled(message="cancelled; all finished work is kept"))
     elif result.stopped_by is not None:
@@ -158,19 +157,3 @@ class _LoggingTerminal(Terminal):
 
     def say(self, text: str) -> None:
         self._logger.info(Text.from_markup(text).plain)
-
-
-def _show_report(recipe: Recipe, result: RunResult) -> None:
-    """The comparison table as an artifact of the flow run."""
-    if not recipe.variants:
-        return
-    document = result.to_json()
-    lines = [
-        f"### {recipe.name}",
-        "",
-        markdown_table(document),
-        f"run `{result.run}`, attempt {result.attempt}, store `{result.store}`",
-    ]
-    create_markdown_artifact(
-        markdown="\n".join(lines), key=artifact_key(f"{recipe.name}-report"), description=f"report of {recipe.name}"
-    )

@@ -120,7 +120,8 @@ def print_results(document: Mapping[str, Any]) -> None:
     """The table of `run`, on standard output; `document` is that of `run --json`, with the report's path."""
     from ..tasks.reporting.report import columns, rows
 
-    table = Table(title=f"{document['recipe']}, run {document['run']}", title_justify="left")
+    run = f", run {document['run']}" if document["run"] else ""
+    table = Table(title=f"{document['recipe']}{run}", title_justify="left")
     for column in columns(document):
         table.add_column(column.title, justify=column.justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows(document):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARKERS = "os^Dv<>Pp*Xh"
+MARKERS = "os^Dv<>Pp*Xh"
 _LINES = ("-", "--", "-.", ":")
 _MOST_PANELS = 16
 _MOST_LOSSES = 12
@@ -21,11 +21,15 @@ _MOST_TIMES = 100  # a perplexity so many times the least is drawn at the upper 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the report: its heading, what it says in words (for those who can't see it), and the SVG."""
+    """A chart of the report: its heading, what it says in words (for those who can't see it), and the SVG.
+
+    note: what everyone has to know who looks at it, below the chart.
+    """
 
     title: str
     words: str
     svg: str
+    note: str = ""
 
 
 def charts(document: Mapping[str, Any]) -> list[Chart]:
@@ -58,7 +62,7 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
     found = curves(document)
     if not any(len({share for share, _ in points}) > 1 for points in found.values()):
         return None
-    figure, (axes,) = _figure(1, 4.2)
+    figure, (axes,) = new_figure(1, 4.2)
     values = [perplexity for points in found.values() for _, perplexity in points]
     most = _MOST_TIMES * min(values)
     for number, (name, points) in enumerate(found.items()):
@@ -66,7 +70,7 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
             [100 * share for share, _ in points],
             [min(perplexity, most) for _, perplexity in points],
             clip_on=False,
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             linestyle=_LINES[number // 2 % len(_LINES)],
             label=name,
         )
@@ -81,6 +85,7 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
         axes.set_title(f"points at the upper edge lie above {most:.0f}", fontsize=9, loc="left")
     if max(values) > 8 * min(values):
         axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
         if max(values) > most:
             axes.set_ylim(top=most)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -92,7 +97,7 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
         f"{name}: " + ", ".join(f"{perplexity:.1f} at {100 * share:.0f} %" for share, perplexity in points)
         for name, points in found.items()
     )
-    return Chart("Perplexity against what was removed", words, _svg(figure))
+    return Chart("Perplexity against what was removed", words, to_svg(figure))
 
 
 def shares_by_block(document: Mapping[str, Any]) -> Chart | None:
@@ -118,7 +123,7 @@ def _bars(title: str, unit: str, values: Mapping[str, list[float]], write: Calla
     if not values:
         return None
     shown = dict(list(values.items())[:_MOST_PANELS])
-    figure, panels = _figure(len(shown), 1.3 * len(shown) + 0.6)
+    figure, panels = new_figure(len(shown), 1.3 * len(shown) + 0.6)
     for axes, (name, heights) in zip(panels, shown.items(), strict=True):
         axes.bar(range(len(heights)), heights, color="0.45")
         room = max(max(heights) - min(heights), 1e-9)
@@ -129,7 +134,7 @@ def _bars(title: str, unit: str, values: Mapping[str, list[float]], write: Calla
     panels[-1].set_xlabel("block (dashed: the mean of all blocks)")
     words = "; ".join(f"{name}: " + ", ".join(map(write, heights)) for name, heights in shown.items())
     left = f" The first {len(shown)} of {len(values)}." if len(values) > len(shown) else ""
-    return Chart(title, words + left, _svg(figure))
+    return Chart(title, words + left, to_svg(figure))
 
 
 def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
@@ -138,7 +143,7 @@ def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
     if not stages:
         return None
     shown = stages[:_MOST_LOSSES]
-    figure, (axes,) = _figure(1, 4.2)
+    figure, (axes,) = new_figure(1, 4.2)
     faint = False
     for number, stage in enumerate(shown):
         steps = range(1, len(stage["losses"]) + 1)
@@ -147,7 +152,7 @@ def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
             steps,
             means,
             linestyle=_LINES[number % len(_LINES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             markevery=max(1, len(steps) // 8),
             markersize=5,
             label=stage["name"],
@@ -166,7 +171,7 @@ def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
         for stage, ends in ((stage, smoothed(stage["losses"])) for stage in shown)
     )
     left = f". The first {len(shown)} of {len(stages)}." if len(stages) > len(shown) else ""
-    return Chart("Loss while training", words + left, _svg(figure))
+    return Chart("Loss while training", words + left, to_svg(figure))
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -176,14 +181,27 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _figure(panels: int, height: float) -> tuple[Figure, list[Any]]:
+def new_figure(panels: int, height: float) -> tuple[Figure, list[Any]]:
+    """A figure of so many inches' height, and its panels below each other, which share their x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, height), layout="constrained", facecolor="white")
     return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
 
 
-def _svg(figure: Figure) -> str:
+def plain_log_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 3, 5, 10 … as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an <svg> element, to be put into a page."""
     import matplotlib
 
     text = io.StringIO()

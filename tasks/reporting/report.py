@@ -6,21 +6,21 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from ...storage.errors import write_error
 
 Row = Mapping[str, Any]
+NOISE_MARK = "≈"  # behind a value within noise of the base
 
 
 @dataclass(frozen=True)
 class Column:
     """A column of the table: its title, key in the row's values, and how a value is written.
 
-    optional: left out where no row has a value.
+    optional: left out where no row has a value. spread: the key of the value's spread, and how it is written behind it.
     """
 
     title: str
@@ -28,6 +28,30 @@ class Column:
     write: Callable[[Any], str]
     justify: str = "right"
     optional: bool = False
+    spread: tuple[str, Callable[[Any], str]] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table: its text, what it is sorted by (None where nothing was measured), and whether it differs
+    from the base by no more than noise.
+    """
+
+    text: str
+    value: Any = None
+    within_noise: bool = False
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def _quartiles(value: float) -> str:
+    return f" (IQR {value:.1f})"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:.1f} MB"
 
 
 COLUMNS = (
@@ -44,9 +68,20 @@ COLUMNS = (
     Column("top-1 changed", "top1_changed", lambda v: f"{100 * v:.1f} %", optional=True),
     Column("KV cache", "kv_cache_bytes", lambda v: f"{v / 1e6:.2f} MB", optional=True),
     Column("in full", "kv_cache_bytes_in_full", lambda v: f"{v / 1e6:.2f} MB", optional=True),
+    Column("device memory", "device_memory_bytes", _megabytes, optional=True),
+    Column("process memory", "process_memory_bytes", _megabytes, optional=True),
+    Column("prompt", "prefill_ms", _milliseconds, optional=True, spread=("prefill_ms_iqr", _quartiles)),
+    Column(
+        "per token", "decode_ms_per_token", _milliseconds, optional=True,
+        spread=("decode_ms_per_token_iqr", _quartiles),
+    ),
+    Column("tokens/s", "tokens_per_second", lambda v: f"{v:.1f}", optional=True),
+    Column("energy per token", "energy_joules_per_token", lambda v: f"{v:.3g} J", optional=True),
     Column("seconds", "seconds", lambda v: f"{v:.1f}"),
     Column("state", "state", str, "left"),
-)
+)  # fmt: skip
+_BEFORE_TASKS = "KV cache"  # scores of tasks stand before this column, next to perplexity
+_SHARES = frozenset({"acc", "acc_norm", "exact_match", "em", "f1", "mc1", "mc2", "pass@1"})  # written in percent
 
 
 def values(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -71,24 +106,65 @@ def values(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def columns(document: Mapping[str, Any]) -> list[Column]:
-    """The table's columns."""
-    measured = {key for row in values(document) for key in row}
-    return [column for column in COLUMNS if column.key in measured or not column.optional]
+    """The table's columns: those above for which something was measured, and one for each score of a task."""
+    table = values(document)
+    measured = {key for row in table for key, value in row.items() if value is not None}
+    shown = [column for column in COLUMNS if column.key in measured or not column.optional]
+    place = [column.title for column in COLUMNS].index(_BEFORE_TASKS)
+    before = sum(column in shown for column in COLUMNS[:place])
+    return [*shown[:before], *task_columns(table), *shown[before:]]
+
+
+def task_columns(table: Sequence[Row]) -> list[Column]:
+    """Columns of metrics named "task.metric", with their standard errors "task.metric_stderr" beside them."""
+    keys = dict.fromkeys(key for row in table for key, value in row.items() if isinstance(value, int | float))
+    found = []
+    for key in keys:
+        task, dot, metric = key.rpartition(".")
+        if not dot or metric == "n" or key.endswith("_stderr"):
+            continue
+        if metric in _SHARES:
+            spread = (f"{key}_stderr", lambda v: f" ± {100 * v:.1f}")
+            found.append(Column(f"{task} {metric}", key, lambda v: f"{100 * v:.1f} %", spread=spread))
+        else:
+            spread = (f"{key}_stderr", lambda v: f" ± {v:.2g}")
+            found.append(Column(f"{task} {metric}", key, lambda v: f"{v:.4g}", spread=spread))
+    return found
+
+
+def cells(document: Mapping[str, Any]) -> list[list[Cell]]:
+    """The table; a dash for what was not measured."""
+    differences = document.get("differences", {})
+    return [
+        [_cell(column, row, differences.get(row["variant"], {})) for column in columns(document)]
+        for row in values(document)
+    ]
+
+
+def _cell(column: Column, row: Row, differences: Mapping[str, Any]) -> Cell:
+    value = row.get(column.key)
+    if value is None:
+        return Cell("-")
+    spread = ""
+    if column.spread is not None and row.get(column.spread[0]) is not None:
+        spread = column.spread[1](row[column.spread[0]])
+    return Cell(column.write(value) + spread, value, differences.get(column.key, {}).get("within_noise", False))
 
 
 def rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """The table's cells as text; a dash for what was not measured."""
+    """The table's cells as text."""
     return [
-        ["-" if row.get(column.key) is None else column.write(row[column.key]) for column in columns(document)]
-        for row in values(document)
+        [f"{cell.text} {NOISE_MARK}" if cell.within_noise else cell.text for cell in row] for row in cells(document)
     ]
 
 
 def write_report(document: Mapping[str, Any], folder: str) -> str:
     """Write report.html, .md, .csv and .json into `folder`; returns the path of the HTML page."""
+    from .page import markdown, page
+
     contents = {
-        "report.html": _html(document),
-        "report.md": markdown_table(document),
+        "report.html": page(document),
+        "report.md": markdown(document),
         "report.csv": _csv(document),
         "report.json": json.dumps(document, indent=2) + "\n",
     }
@@ -121,15 +197,3 @@ def _csv(document: Mapping[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue()
-
-
-def _html(document: Mapping[str, Any]) -> str:
-    from jinja2 import Template
-
-    from .charts import charts
-
-    source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    runtimes = sorted({v["runtime"] for v in document["metrics"].values() if "runtime" in v})
-    return Template(source, autoescape=True).render(
-        document=document, columns=columns(document), rows=rows(document), runtimes=runtimes, charts=charts(document)
-    )

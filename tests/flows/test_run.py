@@ -97,6 +97,8 @@ def test_every_stage_links_its_artifact_and_block_stages_show_progress(run: Run,
     progress = {ids[a["task_run_id"]]: a["data"] for a in artifacts if a["type"] == "progress"}
     assert progress["pruned"] == 100.0
     assert progress["gptq"] == 100.0
+    (report,) = asked_of_prefect("/artifacts/filter", artifacts={"key": {"any_": ["tiny-report"]}}, limit=1)
+    assert "| gptq |" in report["data"]
 
 
 def test_changing_one_stage_recomputes_it_and_what_follows(run: Run, memory: Store) -> None:

@@ -1,0 +1,229 @@
+"""Charts of what is paid for what: quality against size, memory and time, memory against time, compression ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .charts import Chart, new_figure, plain_log_ticks, to_svg
+from .choice import COSTS, DECODING, DEVICE_MEMORY, PROCESS_MEMORY, SIZE, Figure, first_measured, front, quality
+from .explain import mixed_hardware
+from .ratios import ratios
+
+Row = Mapping[str, Any]
+_LETTER = 5.0  # points that a letter of a label takes, on average
+_LABEL_HEIGHT = 10.0
+_MOST_BARS = 30
+
+
+def fronts(document: Mapping[str, Any], table: Sequence[Row]) -> list[Chart]:
+    """Quality against each cost that was measured of two or more variants: memory first, or else size."""
+    by = quality(table)
+    if by is None:
+        return []
+    made = (_front(document, table, cost, by) for cost in COSTS)
+    return [chart for chart in made if chart is not None]
+
+
+def _front(document: Mapping[str, Any], table: Sequence[Row], cost: Figure, by: Figure) -> Chart | None:
+    known = [row for row in table if row.get(cost.key) is not None and row.get(by.key) is not None]
+    if len(known) < 2:
+        return None
+    best = front(known, cost, by)
+    figure, (axes,) = new_figure(1, 4.6)
+    scale, unit = _scale(cost)
+    level = 100.0 if by.best == "high" else 1.0
+    points = {row["variant"]: (row[cost.key] * scale, row[by.key] * level) for row in known}
+    on_front = [row["variant"] for row in best]
+    sources = {stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"}
+    axes.plot(
+        *zip(*(points[name] for name in on_front), strict=True), color="0.35", linewidth=1, linestyle="--", zorder=1
+    )
+    for name, point in points.items():
+        filled = "black" if name in on_front else "white"
+        axes.scatter(
+            *point, marker="s" if name in sources else "o", s=34, facecolor=filled, edgecolor="black", zorder=2
+        )
+    _spread_axis(axes, [y for _, y in points.values()])
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"{cost.name}, {unit}")
+    axes.set_ylabel(by.name + (", %" if by.best == "high" else ""))
+    axes.grid(alpha=0.3)
+    axes.set_title(
+        "filled and joined: no other is better in both; squares: models as they came", fontsize=9, loc="left"
+    )
+    _label(figure, axes, points)
+    words = f"{by.name} against {cost.name}: " + "; ".join(
+        f"{row['variant']} {by.write(row[by.key])} at {cost.write(row[cost.key])}" for row in known
+    )
+    title = f"{by.name[0].upper()}{by.name[1:]} against {cost.name}"
+    words += f". On the front: {', '.join(on_front)}."
+    return Chart(title, words, to_svg(figure), _warning(document, cost) + _absent(table, known))
+
+
+def memory_by_time(document: Mapping[str, Any], table: Sequence[Row]) -> Chart | None:
+    """Memory against the time of a token, a point a variant; None unless two have both."""
+    memory = first_measured(table, (DEVICE_MEMORY, PROCESS_MEMORY))
+    if memory is None:
+        return None
+    known = [row for row in table if row.get(memory.key) is not None and row.get(DECODING.key) is not None]
+    if len(known) < 2:
+        return None
+    figure, (axes,) = new_figure(1, 4.2)
+    scale, unit = _scale(memory)
+    points = {row["variant"]: (row[DECODING.key], row[memory.key] * scale) for row in known}
+    sources = {stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"}
+    for name, point in points.items():
+        axes.scatter(
+            *point, marker="s" if name in sources else "o", s=34, facecolor="white", edgecolor="black", zorder=2
+        )
+    axes.set_xlabel("time per token while decoding, ms")
+    axes.set_ylabel(f"{memory.name}, {unit}")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    _label(figure, axes, points)
+    words = "; ".join(
+        f"{row['variant']} {memory.write(row[memory.key])} at {DECODING.write(row[DECODING.key])} a token"
+        for row in known
+    )
+    return Chart("Memory against time", words + ".", to_svg(figure), _warning(document, memory) + _absent(table, known))
+
+
+def compression_ratios(document: Mapping[str, Any]) -> Chart | None:
+    """Bars of how many times smaller each variant is than the model it was made of, on disk and in memory."""
+    stages = {stage["name"]: stage for stage in document["stages"]}
+    made = [name for name in document["variants"] if stages[name]["stage"] != "source/model"]
+    found = {name: given for name, given in ratios(document).items() if name in made and given}
+    shown = dict(list(found.items())[:_MOST_BARS])
+    kinds = [kind for kind in ("size", "memory") if any(kind in given for given in shown.values())]
+    if not shown:
+        return None
+    figure, (axes,) = new_figure(1, 0.9 + 0.15 * len(shown) * (len(kinds) + 0.6))
+    names = list(shown)
+    for number, kind in enumerate(kinds):
+        places = [
+            index + (number - (len(kinds) - 1) / 2) * 0.36 for index, name in enumerate(names) if kind in shown[name]
+        ]
+        widths = [given[kind] for given in shown.values() if kind in given]
+        look = {"size": {"color": "0.45"}, "memory": {"color": "white", "hatch": "///"}}[kind]
+        label = {"size": "on disk", "memory": "in memory"}[kind]
+        bars = axes.barh(places, widths, height=0.34, edgecolor="black", linewidth=0.8, label=label, **look)
+        axes.bar_label(bars, [f"{width:.2f}" for width in widths], padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("times smaller than the model it was made of (1: as large)")
+    if len(kinds) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    words = "; ".join(
+        f"{name} "
+        + ", ".join(
+            f"{given[kind]:.2f} {'on disk' if kind == 'size' else 'in memory'}" for kind in kinds if kind in given
+        )
+        for name, given in shown.items()
+    )
+    left = f". The first {len(shown)} of {len(found)}." if len(found) > len(shown) else "."
+    return Chart("Compression ratios", words + left, to_svg(figure))
+
+
+def _warning(document: Mapping[str, Any], figure: Figure) -> str:
+    mixed = {} if figure is SIZE else mixed_hardware(document)
+    if not mixed:
+        return ""
+    machines = "; ".join(f"{', '.join(rows)} on {hardware}" for hardware, rows in mixed.items())
+    return f"Measured on different hardware, so compare only within it: {machines}."
+
+
+def _absent(table: Sequence[Row], known: Sequence[Row]) -> str:
+    left = [row["variant"] for row in table if row not in known]
+    return f" Not in this chart, for want of a figure: {', '.join(left)}." if left else ""
+
+
+def _scale(figure: Figure) -> tuple[float, str]:
+    return (1e-6, "MB") if figure.key.endswith("_bytes") else (1.0, "ms")
+
+
+def _spread_axis(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis where values differ by more than a factor of four."""
+    if min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
+    axes.margins(y=0.12)
+
+
+def _label(figure: Any, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, where it covers no other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # places the axes
+    to_points = 72 / figure.dpi
+    frame = axes.get_window_extent()
+    pixels: dict[str, tuple[float, float]] = {}
+    for names in _together({name: axes.transData.transform(point) * to_points for name, point in points.items()}):
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        label = ", ".join(names if not more else names[:2]) + more
+        pixels[label] = tuple(axes.transData.transform(points[names[0]]) * to_points)
+    edges = (frame.x0 * to_points, frame.y0 * to_points, frame.x1 * to_points, frame.y1 * to_points)
+    for label, (dx, dy) in place_labels(pixels, edges).items():
+        corner = ((pixels[label][0] + dx) / to_points, (pixels[label][1] + dy) / to_points)
+        axes.text(
+            *axes.transAxes.inverted().transform(corner), label, transform=axes.transAxes, fontsize=8.5, va="bottom"
+        )
+
+
+def _together(points: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Names of points that lie upon each other, which get one label."""
+    found: list[list[str]] = []
+    for name, (x, y) in points.items():
+        near = (one for one in found if abs(points[one[0]][0] - x) < 2 and abs(points[one[0]][1] - y) < 2)
+        group = next(near, None)
+        if group is None:
+            found.append([name])
+        else:
+            group.append(name)
+    return found
+
+
+def place_labels(
+    points: Mapping[str, tuple[float, float]], frame: tuple[float, float, float, float]
+) -> dict[str, tuple[float, float]]:
+    """{name: offset of its label's lower left corner from its point}, in points of 1/72 inch.
+
+    Each label takes the place around its point that covers the least of other points and labels already placed, and
+    stays within the frame (left, bottom, right, top) where it can.
+    """
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points.values()]
+    placed = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        width, height = _LETTER * len(name), _LABEL_HEIGHT
+        places = [
+            (dx, dy)
+            for far in (6.0, 16.0, 28.0)
+            for dx, dy in (
+                (far, -height / 2), (-far - width, -height / 2), (-width / 2, far), (-width / 2, -far - height),
+                (far, far / 2), (far, -far / 2 - height), (-far - width, far / 2), (-far - width, -far / 2 - height),
+            )
+        ]  # fmt: skip
+        boxes = {(dx, dy): (x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in places}
+        placed[name] = min(places, key=lambda place: _cost(place, boxes[place], taken, frame))
+        taken.append(boxes[placed[name]])
+    return placed
+
+
+def _cost(
+    offset: tuple[float, float], box: Sequence[float], taken: Sequence[Sequence[float]], frame: Sequence[float]
+) -> float:
+    """Of a label's place: what it covers, how far it leaves the frame, how far it is away."""
+    outside = sum(max(0.0, frame[side] - box[side]) for side in (0, 1)) + sum(
+        max(0.0, box[side] - frame[side]) for side in (2, 3)
+    )
+    return sum(_overlap(box, other) for other in taken) + 20 * outside + 0.5 * math.hypot(*offset)
+
+
+def _overlap(first: Sequence[float], second: Sequence[float]) -> float:
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    return max(0.0, width) * max(0.0, height)
