@@ -67,6 +67,7 @@ def measure(asked: dict[str, Any], progress: Callable[[str, int, int], None]) ->
         for number in range(rounds):
             if number == asked["warmup"]:
                 energy.start()
+                others = OtherProcesses()
             seconds = one_repeat(model, tokens, asked["prompt"], few, device)
             if number >= asked["warmup"]:
                 prefill.append(seconds[0])
@@ -78,6 +79,7 @@ def measure(asked: dict[str, Any], progress: Callable[[str, int, int], None]) ->
         "decode_seconds": decode,
         "load_seconds": load_seconds,
         "runtime": runtime,
+        "others_busy_processors": others.reading(),
         **memory_of_model(device, before),
         **energy.reading(),
     }
@@ -135,6 +137,34 @@ def loader(asked: dict[str, Any]) -> Callable[[], tuple[Any, str]]:
         return model.eval(), f"{runtime}, {dtype}"
 
     return load
+
+
+class OtherProcesses:
+    """How many processors other processes have kept busy in the mean since construction; on Linux only.
+
+    The kernel counts in hundredths of a second, so less than a second says nothing.
+    """
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Seconds of a clock, and seconds of processor time that others have had."""
+        if sys.platform != "linux":
+            return time.monotonic(), 0.0
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _waiting, interrupts, soft = map(int, file.readline().split()[1:8])
+        busy = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy - time.process_time()
+
+    def reading(self) -> float | None:
+        """The mean number, None where it isn't known."""
+        clock, busy = self._now()
+        seconds = clock - self.began[0]
+        if sys.platform != "linux" or seconds < 1.0:
+            return None
+        return max(0.0, (busy - self.began[1]) / seconds)
 
 
 def synchronize(device: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,8 @@ from .exported import PACKAGES, last_error
 if TYPE_CHECKING:
     from ..blocks import StoredModel
 
+# Processors that others may keep busy during a measurement before it warns.
+OTHERS_BUSY = 0.2
 # What `flows` sets for computing processes, and whoever runs a model does not.
 _NOT_OURS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -78,7 +81,8 @@ def latency(run: Run, parameters: LatencyParameters, model: Artifact) -> Artifac
 
     Measured in a process that knows nothing of coldpress, on the exported folder, alone on the device: prompts of
     random tokens, then as many decoding steps as `generate` says, fed with given tokens. On the CPU memory is the
-    process's, next to what it was before the model was loaded; on CUDA what torch allocated and reserved.
+    process's, next to what it was before the model was loaded; on CUDA what torch allocated and reserved. Warns when
+    other processes kept processors busy, which coldpress can't keep away.
     """
     from ..blocks import StoredModel
 
@@ -119,6 +123,14 @@ def latency(run: Run, parameters: LatencyParameters, model: Artifact) -> Artifac
         result["energy_joules_per_token"] = found["energy_joules"] / tokens
     else:
         run.note("energy", found["no_energy"])
+    if others := found["others_busy_processors"]:
+        result["others_busy_processors"] = round(others, 2)
+        if others > OTHERS_BUSY:
+            warnings.warn(
+                f"other processes kept {others:.1f} of {len(usable_cpus())} processors busy meanwhile; for timings "
+                "that say more measure again on a quiet machine, with another seed",
+                stacklevel=1,
+            )
     with ArtifactWriter(run.store, "metrics") as writer:
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -145,6 +146,21 @@ def test_parameters_are_counted_as_transformers_counts_them_packed_or_not(
         linears = [shape for index in range(stored.blocks) for shape in stored.linear_shapes(index).values()]
         added = sum(4 * (rows + columns) for rows, columns in linears)
         assert efficiency_stage.count_parameters(stored, run, adapter) == count + added
+
+
+def test_processors_that_others_keep_busy_are_noticed() -> None:
+    specification = importlib.util.spec_from_file_location("script", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    assert script.OtherProcesses().reading() is None  # too short to say
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    meter = script.OtherProcesses()
+    time.sleep(1.2)
+    other.kill()
+    other.wait()
+    assert meter.reading() > 0.2
 
 
 # Ends
