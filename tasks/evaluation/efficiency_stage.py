@@ -19,7 +19,7 @@ from pydantic import Field
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..formats import FORMATS
 from ..hardware import describe, gpu_of, usable_cpus
-from ..stage import ModelFacts, Parameters, Run, StageError, json_file, stage
+from ..stage import ModelFacts, Parameters, Run, StageError, facts_of, json_file, stage
 from .efficiency import speeds
 from .exported import PACKAGES, last_error
 
@@ -86,8 +86,8 @@ def latency(run: Run, parameters: LatencyParameters, model: Artifact) -> Artifac
     """
     from ..blocks import StoredModel
 
-    if model.kind == "adapter" and parameters.runtime == "auto" and find_spec("peft") is None:
-        raise StageError("an adapter runs in PEFT, which is not installed: pip install 'coldpress[peft]'")
+    if model.kind == "adapter" and parameters.runtime == "auto":
+        _check_adapter(facts_of(run.store, model).format)
     threads = parameters.threads or len(usable_cpus())
     with tempfile.TemporaryDirectory(prefix="coldpress-latency-") as folder:
         with StoredModel(run, model) as stored:
@@ -134,6 +134,17 @@ def latency(run: Run, parameters: LatencyParameters, model: Artifact) -> Artifac
     with ArtifactWriter(run.store, "metrics") as writer:
         writer.add_file("metrics.json", json_file(result))
         return writer.publish()
+
+
+def _check_adapter(format: str) -> None:
+    """Raises StageError when what runs an adapter beside a checkpoint of this format is not installed."""
+    if find_spec("peft") is None:
+        raise StageError("an adapter runs in PEFT, which is not installed: pip install 'coldpress[peft]'")
+    if format in PACKAGES and find_spec("optimum") is None:
+        raise StageError(
+            f"beside a checkpoint in the format {format} PEFT needs optimum, which is not installed: "
+            "pip install optimum, or measure with 'runtime: dequantized'"
+        )
 
 
 def count_parameters(stored: StoredModel, run: Run, model: Artifact) -> int:

@@ -230,11 +230,21 @@ def test_a_format_without_its_package_is_refused_unless_it_is_dequantized(
     assert check(ModelFacts({}, "bitsandbytes")) == []
 
 
-def test_an_adapter_without_peft_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efficiency_stage, "find_spec", lambda name: None)
+def test_an_adapter_without_what_runs_it_is_refused(
+    import_model: Callable[..., Artifact], run_stage: Callable[..., Artifact], store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base = import_model("llama")
+    packed = run_stage("quantize/rtn", {"model": base}, group_size=32)
+    adapter = run_stage("compensate/svd", {"model": packed, "original": base}, rank=4)
     entry = stage_named("evaluate/latency")
-    with pytest.raises(StageError, match=r"pip install 'coldpress\[peft\]'"):
-        entry.function(Run(store), entry.parameters(), Artifact("adapter", "a" * 64))
+    for installed, wanted in (
+        (set(), r"pip install 'coldpress\[peft\]'"),
+        ({"gptqmodel", "peft"}, "PEFT needs optimum"),
+    ):
+        monkeypatch.setattr(efficiency_stage, "find_spec", lambda name, known=installed: name in known or None)
+        with pytest.raises(StageError, match=wanted):
+            entry.function(Run(store), entry.parameters(), adapter)
 
 
 def test_a_gpu_other_than_the_one_in_the_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
