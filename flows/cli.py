@@ -97,8 +97,11 @@ def run(
 @set_option
 @only_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@device_option
 @answers_errors
-def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    recipe: str, store_url: str | None, overrides: tuple[str, ...], only: tuple[str, ...], as_json: bool, device: str
+) -> None:
     """Show RECIPE's DAG: each stage cached, to be run, or undecided until its inputs exist. Computes nothing."""
     from rich.console import Console
     from rich.markup import escape
@@ -107,7 +110,7 @@ def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: t
     from .plan import disk_need, prepare
 
     checked, store = _recipe(recipe, overrides, only), open_store(store_url)
-    planned = prepare(checked, store)
+    planned = prepare(checked, store, device)
     if as_json:
         entries = [
             {
@@ -141,14 +144,15 @@ def plan(recipe: str, store_url: str | None, overrides: tuple[str, ...], only: t
 @click.argument("stage")
 @store_option
 @set_option
+@device_option
 @answers_errors
-def why(recipe: str, stage: str, store_url: str | None, overrides: tuple[str, ...]) -> None:
+def why(recipe: str, stage: str, store_url: str | None, overrides: tuple[str, ...], device: str) -> None:
     """Say why STAGE of RECIPE is cached or not: what differs from the nearest earlier run."""
     from ..tasks.catalogue import did_you_mean
     from .plan import nearest_action, prepare
 
     checked, store = _recipe(recipe, overrides, ()), open_store(store_url)
-    planned = prepare(checked, store)
+    planned = prepare(checked, store, device)
     if stage not in planned:
         raise ColdpressError(f"the recipe has no stage '{stage}'; {did_you_mean(stage, list(planned))}")
     entry = planned[stage]

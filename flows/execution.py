@@ -47,7 +47,9 @@ class Execution:
         terminal: Terminal,
         result: RunResult,
         workers: Sequence[Worker | InProcess],
+        device: str,
     ) -> None:
+        self.device = device
         self.recipe = recipe
         self.store = store
         self.terminal = terminal
@@ -188,10 +190,10 @@ class Execution:
 
     def _obtain(self, node: Node, artifacts: Mapping[str, Artifact]) -> tuple[Action, str]:
         """The result of a stage and how it was come by: cached, computed or resumed. One job computes, others wait."""
-        if action := lookup(self.store, node.stage, node.parameters, artifacts):
+        if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
             return action, "cached"
         shown = _ProgressArtifact(self.recipe.name, node.name)
-        image = preimage(node.stage, node.parameters, artifacts)
+        image = preimage(node.stage, node.parameters, artifacts, self.device)
         about = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name, "inputs": image["inputs"]}
         self._name_journals_that_do_not_fit(node, image)
         claim = Claim(self.store, digest_of(image), about)
@@ -199,12 +201,12 @@ class Execution:
             lease = claim.acquire()
             if lease is None:
                 self._wait_for(node, claim, shown)
-                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
                     return action, "cached"
                 continue
             with Heartbeat(self.store, lease, about) as heartbeat:
                 # Between the last look-up and the lease another job may have finished.
-                if action := lookup(self.store, node.stage, node.parameters, artifacts):
+                if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
                     return action, "cached"
                 try:
                     action = self._compute(node, artifacts, lease, heartbeat, shown)

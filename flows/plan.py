@@ -34,8 +34,8 @@ class Planned:
     action: Action | None = None
 
 
-def make_plan(recipe: Recipe, store: Store) -> dict[str, Planned]:
-    """Node name -> plan, in the recipe's order."""
+def make_plan(recipe: Recipe, store: Store, device: str = "auto") -> dict[str, Planned]:
+    """Node name -> plan, in the recipe's order. device: where it would run, which measurements have in their keys."""
     plan: dict[str, Planned] = {}
     for node in recipe.nodes:
         inputs: dict[str, Artifact] = {}
@@ -46,19 +46,19 @@ def make_plan(recipe: Recipe, store: Store) -> dict[str, Planned]:
         if len(inputs) < len(node.inputs):
             plan[node.name] = Planned(node, "undecided")
             continue
-        image = preimage(node.stage, node.parameters, inputs)
+        image = preimage(node.stage, node.parameters, inputs, device)
         key = digest_of(image)
         action = store.lookup(node.stage.name, key)
         plan[node.name] = Planned(node, "cached" if action else "will run", key, image, action)
     return plan
 
 
-def prepare(recipe: Recipe, store: Store) -> dict[str, Planned]:
+def prepare(recipe: Recipe, store: Store, device: str = "auto") -> dict[str, Planned]:
     """The plan of a recipe that was checked against its sources and the store. Raises RecipeError."""
     problems = check_sources(recipe)
     if problems:
         raise RecipeError(recipe.path, problems)
-    plan = make_plan(recipe, store)
+    plan = make_plan(recipe, store, device)
     problems = check_models(plan, store)
     if problems:
         raise RecipeError(recipe.path, problems)

@@ -55,7 +55,7 @@ def run_recipe(
 
     `within`: the flow run in which this is called, whose tasks the stages become; without it the run makes its own.
     """
-    plan = prepare(recipe, store)
+    plan = prepare(recipe, store, device)
     check_disk(plan, store)
     attempt = within or Attempt(new_run_id(), 1)
     result = RunResult(attempt.run, recipe.name, store.url, recipe.variants, attempt=attempt.number)
@@ -137,14 +137,14 @@ def _run_on_prefect(
         workers = [kind(device) for _ in range(slots)]  # their slow imports run while Prefect starts
     try:
         if within is not None:
-            Execution(recipe, store, terminal, result, workers).run()
+            Execution(recipe, store, terminal, result, workers, device).run()
             return
         configure_prefect()
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         reach_server()
-        execution = Execution(recipe, store, terminal, result, workers)
+        execution = Execution(recipe, store, terminal, result, workers, device)
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,

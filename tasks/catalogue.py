@@ -12,6 +12,7 @@ from .adaptation import losa_stage as _losa
 from .adaptation import merging as _merging
 from .adaptation import rank_stage as _rank
 from .evaluation import divergence as _divergence
+from .evaluation import efficiency_stage as _efficiency
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -32,6 +33,7 @@ from .stage import CATALOGUE, Stage
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _wanda_sp, _slice, _depth, _sensitivity, _quantization,
     _awq, _joint, _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _divergence, _size,
+    _efficiency,
 )  # fmt: skip
 
 

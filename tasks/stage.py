@@ -2,12 +2,14 @@
 
 `@stage(...)` puts a function into the catalogue with everything needed to check, key and run it. The key of a
 stage is SHA-256 over: the stage's name, its own version, its parameters (those at their default left out), the
-content ids of its inputs by role, and, for a source, the content id of what it reads. Device, worker count and
-progress stay out. The function itself is plain: `flows` turns it into a Prefect task.
+content ids of its inputs by role, and, for a source, the content id of what it reads; for a measurement of the
+machine, its hardware and library versions. Device, worker count and progress stay out. The function itself is plain:
+`flows` turns it into a Prefect task.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -31,6 +33,8 @@ from ..storage.errors import ColdpressError
 from ..storage.journal import Journal
 from ..storage.leases import Lease
 from ..storage.store import Action, Store
+from .device_lock import device_lock
+from .hardware import hardware_id
 
 logger = logging.getLogger("coldpress")
 
@@ -84,7 +88,8 @@ class Run:
 
     device: "cpu", "cuda", "cuda:1" …; progress(what, done, total) is called once a block or so; `note` adds a
     JSON value to the provenance. stop_asked: whether the stage is to end soon, its work kept for the next attempt.
-    journal: what earlier attempts did; `compute` opens it.
+    journal: what earlier attempts did; `compute` opens it. has_device: whether a stage that computes this one within
+    itself holds the device already.
     """
 
     store: Store
@@ -93,6 +98,7 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
     stop_asked: Callable[[], bool] = lambda: False
     journal: Journal | None = None
+    has_device: bool = False
 
     def stop_if_asked(self) -> None:
         """Raises Preempted when the stage is to end."""
@@ -118,7 +124,8 @@ class Stage:
     checkpoint with its adapter, as `StoredModel` opens them, for a checkpoint; a teacher may always be one.
     passed_on: those of its inputs that it does not read itself, only what it derives; a recipe gives them when
     something is derived. bits_written: how many for each weight of the model, where neither the kind of its output nor
-    a parameter `bits` says so.
+    a parameter `bits` says so. alone: it measures the machine: no other stage uses the device meanwhile, and its key
+    holds the hardware.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration, or, for an
     evaluation, the first model of the variant's branch, which is also what an input `reference` is.
@@ -140,6 +147,7 @@ class Stage:
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]]
     passed_on: frozenset[str]
     bits_written: float | None
+    alone: bool
 
     @property
     def name(self) -> str:
@@ -184,6 +192,7 @@ def stage(
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]] = lambda parameters: {},
     passed_on: frozenset[str] = frozenset(),
     bits_written: float | None = None,
+    alone: bool = False,
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -191,7 +200,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content, derived, passed_on, bits_written,
+            content, derived, passed_on, bits_written, alone,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry
@@ -200,8 +209,10 @@ def stage(
     return register
 
 
-def preimage(entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Everything a stage's result depends on; its digest is the key."""
+def preimage(
+    entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact], device: str = "auto"
+) -> dict[str, Any]:
+    """Everything a stage's result depends on; its digest is the key. device: what a measurement is made on."""
     image: dict[str, Any] = {
         "stage": entry.name,
         "version": entry.version,
@@ -210,12 +221,16 @@ def preimage(entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact
     }
     if entry.content is not None:
         image["content"] = entry.content(parameters)
+    if entry.alone:
+        image["hardware"] = hardware_id(device)
     return image
 
 
-def lookup(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Action | None:
+def lookup(
+    store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact], device: str = "auto"
+) -> Action | None:
     """The proven cached result of a stage, or None. Imports nothing heavy."""
-    return store.lookup(entry.name, digest_of(preimage(entry, parameters, inputs)))
+    return store.lookup(entry.name, digest_of(preimage(entry, parameters, inputs, device)))
 
 
 def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mapping[str, Artifact]) -> Iterator[str]:
@@ -250,19 +265,28 @@ def compute(
         raise StageError(refusal)
     for problem in impossible(run.store, entry, parameters, inputs):
         raise StageError(problem)
-    image = preimage(entry, parameters, inputs)
-    started = time.time()
-    clock = time.perf_counter()
-    memory = PeakMemory(run.device)
-    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-    journal = Journal(run.store, image, {**(context or {}), "started": began, "host": socket.gethostname()}, lease)
-    with _recorded_warnings() as said:
-        artifact = entry.function(replace(run, journal=journal), parameters, **inputs)
+    image = preimage(entry, parameters, inputs, run.device)
+    key = digest_of(image)
+    if lease is not None and lease.key != key:
+        raise StageError(
+            f"{entry.name} was planned for other hardware than {run.device}, which it would run on; name the device "
+            "(--device)"
+        )
+    with _device(run, alone=entry.alone):
+        started = time.time()
+        clock = time.perf_counter()
+        memory = PeakMemory(run.device)
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+        journal = Journal(run.store, image, {**(context or {}), "started": began, "host": socket.gethostname()}, lease)
+        with _recorded_warnings() as said:
+            artifact = entry.function(replace(run, journal=journal, has_device=True), parameters, **inputs)
+        seconds = time.perf_counter() - clock
+        peaks = memory.reading()
     before = run.notes.get("resumed", {}).get("seconds_before", 0.0)
     provenance = {
-        "seconds": round(before + time.perf_counter() - clock, 3),
+        "seconds": round(before + seconds, 3),
         "started": began,
-        **memory.reading(),
+        **peaks,
         "device": run.device,
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -273,9 +297,22 @@ def compute(
         **run.notes,
         **(context or {}),
     }
-    action = run.store.record(Action(entry.name, digest_of(image), artifact, image, provenance))
+    action = run.store.record(Action(entry.name, key, artifact, image, provenance))
     journal.discard()
     return action
+
+
+def _device(run: Run, *, alone: bool) -> contextlib.AbstractContextManager[None]:
+    """The right to use the run's device, waited for. A stage within a stage has it, for sharing."""
+    if run.has_device:
+        assert not alone, "a stage can't measure the machine while another one computes around it"
+        return contextlib.nullcontext()
+
+    def waiting() -> None:
+        run.stop_if_asked()
+        run.progress("waiting until the device is free", 0, 1)
+
+    return device_lock(run.device, alone=alone, waiting=waiting)
 
 
 def obtain(run: Run, name: str, inputs: Mapping[str, Artifact], **settings: Any) -> Artifact:
@@ -290,7 +327,7 @@ def obtain(run: Run, name: str, inputs: Mapping[str, Artifact], **settings: Any)
         taken[role] = obtain(run, asked, inputs, **further)
     for role in entry.passed_on:
         taken.pop(role, None)
-    found = lookup(run.store, entry, parameters, taken)
+    found = lookup(run.store, entry, parameters, taken, run.device)
     return (found or compute(replace(run, notes={}), entry, parameters, taken)).artifact
 
 

@@ -68,9 +68,10 @@ _caches = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Remembered digests and Hub caches go to a folder of the tests' own."""
+    """Remembered digests, Hub caches and device locks go to a folder of the tests' own."""
     config.stash[_caches] = folder = tempfile.mkdtemp(prefix="coldpress-tests-")
     os.environ["XDG_CACHE_HOME"] = folder
+    os.environ["COLDPRESS_LOCKS"] = folder  # measurements of one test process needn't wait for the others
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
 
 
@@ -240,11 +241,11 @@ def run_stage(store: Store) -> Callable[..., Artifact]:
             if role not in inputs
         }
         inputs = {role: one for role, one in {**inputs, **derived}.items() if role not in entry.passed_on}
-        found = lookup(target, entry, values, inputs)
+        found = lookup(target, entry, values, inputs, "cpu")
         if found is None:
             artifact = compute(Run(target), entry, values, inputs).artifact
             assert artifact.kind == entry.output
-            found = lookup(target, entry, values, inputs)
+            found = lookup(target, entry, values, inputs, "cpu")
             assert found is not None
             assert found.artifact == artifact
         return found.artifact

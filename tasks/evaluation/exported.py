@@ -74,9 +74,7 @@ def check_export(
             check=False,
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
-            raise StageError(f"{folder} does not load: {(errors or said)[-1]}")
+            raise StageError(f"{folder} does not load: {last_error(done.stderr)}")
         there = load_file(target)["logits"]
     assert there.shape == here.shape
     return Agreement(
@@ -86,6 +84,13 @@ def check_export(
         tokens=len(here),
         tolerance=TOLERANCE.get(format, PACKED_TOLERANCE),
     )
+
+
+def last_error(said: str) -> str:
+    """The line with the last error in what a process wrote to standard error, or its last line."""
+    lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines)[-1]
 
 
 def _window(vocabulary: int) -> Tensor:

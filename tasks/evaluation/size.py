@@ -43,7 +43,7 @@ def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
             shapes = stored.linear_shapes(index)
             modules = {name.removesuffix(".weight") for name in shapes}
             for name in stored.names(index):
-                if name.removesuffix(".bias") not in modules and _owner(name, modules):
+                if name.removesuffix(".bias") not in modules and owner(name, modules):
                     entry = stored.manifest.tensors[name]
                     packed_bytes += tensor_nbytes(entry.dtype, entry.shape)
             dense = stored.unpack(stored.stored(index), stored.dtype)
@@ -68,7 +68,7 @@ def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
         return writer.publish()
 
 
-def _owner(name: str, modules: set[str]) -> bool:
+def owner(name: str, modules: set[str]) -> bool:
     """Whether the stored tensor `name` is (part of) the weight of one of the modules."""
     parts = name.split(".")
     return any(".".join(parts[:count]) in modules for count in range(1, len(parts)))

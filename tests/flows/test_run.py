@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
+from coldpress.tasks import hardware
+from coldpress.tasks.evaluation import efficiency_stage
 from coldpress.tasks.reporting.report import markdown_table
 
 Run = Callable[..., RunResult]
@@ -106,6 +109,32 @@ def test_changing_one_stage_recomputes_it_and_what_follows(run: Run, memory: Sto
     changed = states(run(memory, "stages.pruned.sparsity=0.6"))
     assert changed["base"] == changed["calibration"] == changed["base/perplexity"] == "cached"
     assert changed["pruned"] == changed["gptq"] == changed["nf4/size"] == "computed"
+
+
+def test_measurements_are_made_again_on_other_hardware_and_nothing_else_is(
+    run: Run, memory: Store, change: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings: dict[str, Any] = {
+        "prefill_seconds": [0.2, 0.2, 0.2], "decode_seconds": [0.4, 0.4, 0.4], "load_seconds": 1.0,
+        "runtime": "somewhere, float32", "others_busy_processors": 1.25, "no_energy": "no counter",
+    }  # fmt: skip
+    monkeypatch.setattr(efficiency_stage, "_measure", lambda run, asked, folder: dict(timings))
+    monkeypatch.setattr(hardware, "_processor", lambda: "a slow one")
+    change("  variants: [base, pruned, gptq, nf4]\n", "  variants: [base]\n  latency: {generate: 4, repeats: 3}\n")
+    first = run(memory)
+    figures = first.metrics["base"]
+    assert figures["decode_ms_per_token"] == pytest.approx(100)
+    assert figures["hardware"] == "a slow one"
+    assert re.fullmatch(r"somewhere, float32, \d+ threads?; coldpress block loop, float32", figures["runtime"])
+    (action,) = memory.actions("evaluate/latency")
+    assert any("other processes kept 1.2 of" in warning for warning in action.provenance["warnings"])
+    assert set(states(run(memory)).values()) == {"cached"}
+    monkeypatch.setattr(hardware, "_processor", lambda: "a fast one")
+    monkeypatch.setitem(timings, "decode_seconds", [0.2, 0.2, 0.2])
+    second = run(memory)
+    assert {name for name, state in states(second).items() if state != "cached"} == {"base/latency"}
+    assert second.metrics["base"]["decode_ms_per_token"] == pytest.approx(50)
+    assert second.metrics["base"]["hardware"] == "a fast one"
 
 
 def test_an_evaluation_with_a_name_of_its_own_has_a_row_of_its_own(
