@@ -48,6 +48,7 @@ class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
+    generations: likewise, what variants made of prompts, [{"prompt": …, "continuation": …}].
     """
 
     run: str
@@ -56,6 +57,7 @@ class RunResult:
     variants: tuple[str, ...]
     stages: dict[str, StageResult] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     stopped_by: int | None = None
     attempt: int = 1
 
@@ -76,6 +78,7 @@ class RunResult:
             "stages": stages,
             "variants": list(self.variants),
             "metrics": self.metrics,
+            **({"generations": self.generations} if self.generations else {}),
         }
 
     def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:

@@ -88,6 +88,9 @@ def _collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
                 values = {key: value for key, value in found.items() if not isinstance(value, list)}
                 usual = name == f"{variant}/{recipe.node(name).stage.method}"
                 result.metrics.setdefault(variant if usual else name, {}).update(values)
+                if "generations.json" in store.manifest(artifact).files:
+                    texts = json.loads(store.read_file(artifact, "generations.json"))
+                    result.generations[variant if usual else name] = texts
 
 
 def _run_on_prefect(

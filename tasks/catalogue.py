@@ -11,6 +11,8 @@ from .adaptation import loraprune_stage as _loraprune
 from .adaptation import losa_stage as _losa
 from .adaptation import merging as _merging
 from .adaptation import rank_stage as _rank
+from .evaluation import generations as _generations
+from .evaluation import lm_eval_stage as _lm_eval
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -28,7 +30,8 @@ from .stage import CATALOGUE, Stage
 
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _depth, _sensitivity, _quantization, _awq, _joint,
-    _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _size,
+    _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _size, _lm_eval,
+    _generations,
 )  # fmt: skip
 
 

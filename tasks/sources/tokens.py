@@ -78,7 +78,8 @@ def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
     Or, of records with a prompt and a response, a window for each, padded; what training learns from is marked.
     """
     run.progress("tokenizing", 0, 1)
-    tokenizer = _tokenizer(run, model)
+    tokenizer = load_tokenizer(run, model)
+    tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
     tensors, facts = _records(parameters, tokenizer) if parameters.of_records else _text(parameters, tokenizer)
     with ArtifactWriter(run.store, "tokens") as writer:
         writer.add_tensors(tensors)
@@ -158,8 +159,8 @@ def choose_windows(available: int, samples: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(available), samples))
 
 
-def _tokenizer(run: Run, model: Artifact) -> Any:
-    """The model's own."""
+def load_tokenizer(run: Run, model: Artifact) -> Any:
+    """The tokenizer of a checkpoint. Raises StageError when it has none."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder, ArtifactReader(run.store, model) as reader:
@@ -168,8 +169,6 @@ def _tokenizer(run: Run, model: Artifact) -> Any:
                 with open(os.path.join(folder, name), "wb") as file:
                     file.write(reader.file(name))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise StageError(f"the model's tokenizer can't be loaded from its files: {error}") from error
-    tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
-    return tokenizer
