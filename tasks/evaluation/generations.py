@@ -110,7 +110,7 @@ def _continue(
     )
     network.generation_config = settings
     ids = prompt.to(device)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng([device] if device.startswith("cuda") else []):
         torch.manual_seed(parameters.seed + number)  # each its own, so that what was drawn before makes no difference
         output = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     new = output[0, ids.shape[1] :]

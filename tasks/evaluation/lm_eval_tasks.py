@@ -95,11 +95,19 @@ def content(names: Sequence[str], include_path: str | None) -> dict[str, Any]:
 def define(names: Sequence[str], include_path: str | None) -> Definitions:
     """Everything behind the names. Raises SourceError where there is nothing."""
     version()
-    index = dict(_own_index())
-    if include_path is not None:
-        if not os.path.isdir(include_path):
-            raise SourceError(f"include_path {include_path!r} is no folder; it is relative to the recipe's folder")
-        index.update(scan(include_path))
+    if include_path is None:
+        return _define_own(tuple(names))
+    if not os.path.isdir(include_path):
+        raise SourceError(f"include_path {include_path!r} is no folder; it is relative to the recipe's folder")
+    return _define(names, {**_own_index(), **scan(include_path)}, include_path)
+
+
+@functools.cache
+def _define_own(names: tuple[str, ...]) -> Definitions:
+    return _define(names, _own_index(), None)
+
+
+def _define(names: Sequence[str], index: Mapping[str, Definition], include_path: str | None) -> Definitions:
     tasks: dict[str, dict[str, Any]] = {}
     files: dict[str, frozenset[str]] = {}
     folders: dict[str, None] = {}
