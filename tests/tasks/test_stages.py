@@ -183,7 +183,7 @@ def test_the_catalogue_loads_nothing_heavy(fresh_process: Callable[..., None]) -
 
 
 def test_everything_that_stages_import_is_a_declared_dependency() -> None:
-    """Extras may be needed by the check of an export, which runs the folder's own loader, and by lm-eval's evaluation."""
+    """Extras may be needed by the check of an export, which runs the folder's own loader, and by lm-eval's tasks."""
     of_extras = {"reload.py", "lm_eval_stage.py", "lm_eval_model.py"}
     folder = Path(str(catalogue_module.__file__)).parent
     imported: dict[bool, set[str]] = {True: set(), False: set()}
