@@ -113,6 +113,8 @@ class Builder:
 
     def _local(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Relative paths are relative to the recipe's folder."""
+        if isinstance(folder := entry.get("include_path"), str):
+            entry = {**entry, "include_path": os.path.abspath(os.path.join(self.folder, os.path.expanduser(folder)))}
         source = entry.get("source")
         if not isinstance(source, str) or "://" in source or source == PYTHON_DOCS:
             return entry
@@ -363,7 +365,7 @@ class Builder:
                                 f"{did_you_mean(str(entry.get(role)), sorted(self.data))}", *path, role,
                             )  # fmt: skip
             values = {key: value for key, value in entry.items() if key not in stage.inputs}
-            parameters = self.parameters(stage, values, path, label)
+            parameters = self.parameters(stage, self._local(values), path, label)
             if complete and parameters is not None:
                 name = f"{instance}/{measurement.name}"
                 line = self.document.line(*path)

@@ -84,8 +84,9 @@ def check_sources(recipe: Recipe) -> list[Problem]:
             if node.stage.content is not None:
                 node.stage.content(parameters)
         except (ColdpressError, OSError) as error:
-            what = "model" if node.stage.name == "source/model" else "data"
-            problems.append(Problem(f"{what} {node.label}: {error}", node.line))
+            what = {"source/model": f"model {node.label}", "source/tokens": f"data {node.label}"}
+            evaluation = f"evaluation '{node.name.rpartition('/')[2]}'"  # once for all its variants
+            problems.append(Problem(f"{what.get(node.stage.name, evaluation)}: {error}", node.line))
     return problems
 
 

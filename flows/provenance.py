@@ -33,11 +33,13 @@ def provenance_markdown(node: Node, action: Action, state: str) -> str:
 
 
 def resumed_from(action: Action) -> str:
-    """ "from block 12 of 30, activations recomputed through 3", or "from step 40 of 200"."""
+    """ "from block 12 of 30, activations recomputed through 3", "from step 40 of 200", or "from answer 40 of 200"."""
     resumed = action.provenance["resumed"]
     if "from_step" in resumed:
         phase = f" of phase {resumed['phase']}" if "phase" in resumed else ""
         return f"from step {resumed['from_step']} of {resumed['of']}{phase}"
+    if "from_answer" in resumed:
+        return f"from answer {resumed['from_answer']} of {resumed['of']}"
     text = f"from block {resumed['from_block']} of {resumed['of']}"
     if resumed["recomputed_blocks"]:
         text += f", activations recomputed through {resumed['recomputed_blocks']}"

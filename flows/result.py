@@ -63,6 +63,7 @@ class RunResult:
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.
+    generations: likewise, what variants made of prompts, [{"prompt": …, "continuation": …}].
     """
 
     run: str
@@ -74,6 +75,7 @@ class RunResult:
     runtimes: dict[str, dict[str, str]] = field(default_factory=dict)
     differences: dict[str, dict[str, Any]] = field(default_factory=dict)
     indistinguishable: dict[str, list[list[str]]] = field(default_factory=dict)
+    generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     stopped_by: int | None = None
     attempt: int = 1
 
@@ -97,6 +99,7 @@ class RunResult:
             "runtimes": self.runtimes,
             "differences": self.differences,
             "indistinguishable": self.indistinguishable,
+            **({"generations": self.generations} if self.generations else {}),
         }
 
     def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:

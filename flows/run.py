@@ -103,6 +103,8 @@ def collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
                 items.extend(Items(row, metric, data, each) for metric, each in kept.items())
                 if "runtime" in values:
                     result.runtimes.setdefault(row, {})[recipe.node(name).stage.method] = values["runtime"]
+                if "generations.json" in store.manifest(artifact).files:
+                    result.generations[row] = json.loads(store.read_file(artifact, "generations.json"))
     compared = compare_all(items, {row: _references(recipe, row) for row in result.metrics})
     result.differences, result.indistinguishable = compared["differences"], compared["indistinguishable"]
 

@@ -10,7 +10,7 @@
 - `pruning/`          weights, heads and channels, or whole blocks that go
 - `quantization/`     RTN, GPTQ, AWQ, NF4, LLM.int8(), SparseGPT with GPTQ
 - `adaptation/`       what is put beside compressed weights: EoRA
-- `evaluation/`       perplexity, size, bits per weight, sparsity
+- `evaluation/`       perplexity, size, bits per weight, sparsity; lm-eval's tasks; continuations of prompts
 - `reporting/`        the table, the charts and the page over all variants
 
 Modules that the catalogue imports (everything but the work itself) import torch inside functions only, so that

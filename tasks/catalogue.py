@@ -13,6 +13,8 @@ from .adaptation import merging as _merging
 from .adaptation import rank_stage as _rank
 from .evaluation import divergence as _divergence
 from .evaluation import efficiency_stage as _efficiency
+from .evaluation import generations as _generations
+from .evaluation import lm_eval_stage as _lm_eval
 from .evaluation import perplexity as _perplexity
 from .evaluation import size as _size
 from .pruning import depth as _depth
@@ -33,7 +35,7 @@ from .stage import CATALOGUE, Stage
 MODULES = (
     _models, _tokens, _statistics, _gradients, _pruning, _width, _wanda_sp, _slice, _depth, _sensitivity, _quantization,
     _awq, _joint, _compensation, _lora, _losa, _loraprune, _rank, _distill, _merging, _perplexity, _divergence, _size,
-    _efficiency,
+    _efficiency, _lm_eval, _generations,
 )  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
     window for each line.
     """
     run.progress("tokenizing", 0, 1)
-    tokenizer = _tokenizer(run, model)
+    tokenizer = load_tokenizer(run, model)
+    tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
     make = _records if parameters.of_records else _lines if parameters.unit == "lines" else _text
     tensors, facts = make(parameters, tokenizer)
     with ArtifactWriter(run.store, "tokens") as writer:
@@ -202,8 +203,8 @@ def choose_windows(available: int, samples: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(available), samples))
 
 
-def _tokenizer(run: Run, model: Artifact) -> Any:
-    """The model's own."""
+def load_tokenizer(run: Run, model: Artifact) -> Any:
+    """The tokenizer of a checkpoint. Raises StageError when it has none."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder, ArtifactReader(run.store, model) as reader:
@@ -212,8 +213,6 @@ def _tokenizer(run: Run, model: Artifact) -> Any:
                 with open(os.path.join(folder, name), "wb") as file:
                     file.write(reader.file(name))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise StageError(f"the model's tokenizer can't be loaded from its files: {error}") from error
-    tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
-    return tokenizer
