@@ -10,13 +10,17 @@ acts on, and `reschedule_forgotten` looks after those of which the event was los
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from ..storage.errors import ColdpressError
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
     from prefect.events import AutomationCore
 
 FLOW = "coldpress"
@@ -29,6 +33,9 @@ SECONDS_TO_START = 120
 SECONDS_UNTIL_FORGOTTEN = 20
 GOES_ON = "goes on from what it has finished"
 
+NORMAL = "normal"  # what waits in the pool's own queue
+PRIORITIES = ("high", NORMAL, "low")  # the others have queues of these names
+
 _JOB_VARIABLES = {
     # Prefect's own command is a process that starts another; killing the first would leave the second.
     "command": "python -m prefect.engine",
@@ -39,11 +46,27 @@ _JOB_VARIABLES = {
 _CRASHED = ("Crashed", "Pre-empted")
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What the server has. run: the run's id in the store, or the name of a schedule. id: its id on the server."""
+
+    run: str
+    id: UUID
+    url: str | None
+
+
 def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:
     """Make sure of the work pool, the deployment `coldpress/<pool>` and the automations. Does nothing twice."""
     _ensure_pool(client, pool)
     flow_id = client.create_flow_from_name(FLOW)
     _ensure_deployment(client, flow_id, pool)
+    prepare_pool(client, pool, heartbeat)
+
+
+def prepare_pool(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:
+    """Make sure of the queues of a pool that is there already, of whatever type, and of the automations."""
+    _ensure_queues(client, pool)
+    flow_id = client.create_flow_from_name(FLOW)
     for automation in automations(flow_id, heartbeat):
         _ensure_automation(client, automation)
 
@@ -56,6 +79,59 @@ def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
         client.read_work_pool(pool)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+
+
+def _ensure_queues(client: SyncPrefectClient, pool: str) -> None:
+    """Workers take from `high` first, then from the pool's own queue, then from `low`."""
+    answer = client.request(
+        "POST", "/work_pools/{work_pool_name}/queues/filter", path_params={"work_pool_name": pool}, json={}
+    )
+    present = {queue["name"] for queue in answer.json()}
+    for name, place in (("high", {"priority": 1}), ("low", {})):  # without a priority it comes last
+        if name not in present:
+            document = {"name": name, "description": f"coldpress submit --priority {name}", **place}
+            client.request(
+                "POST", "/work_pools/{work_pool_name}/queues", path_params={"work_pool_name": pool}, json=document
+            )
+
+
+def schedule(
+    client: SyncPrefectClient,
+    deployment: DeploymentResponse,
+    recipe: str,
+    cron: str,
+    parameters: dict[str, Any],
+    tags: list[str],
+    queue: str | None,
+) -> Submitted:
+    """A deployment of its own for a recipe that runs again and again; the times are in UTC."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.utilities.urls import url_for
+    from pydantic import ValidationError
+
+    try:
+        times = CronSchedule(cron=cron, timezone="UTC")
+    except ValidationError as error:
+        raise ColdpressError(
+            f"--cron {cron!r} is no schedule; write it like '0 3 * * *', at three each night"
+        ) from error
+    name = f"{deployment.name} {recipe}"
+    made = client.create_deployment(
+        deployment.flow_id,
+        name=name,
+        work_pool_name=deployment.work_pool_name,
+        work_queue_name=queue,
+        entrypoint=ENTRYPOINT,
+        schedules=[DeploymentScheduleCreate(schedule=times, active=True)],
+        parameters=parameters,
+        tags=tags,
+        description=f"Runs {recipe} at '{cron}' (UTC).",
+        job_variables=deployment.job_variables,
+        parameter_openapi_schema=deployment.parameter_openapi_schema,
+        enforce_parameter_schema=True,
+    )
+    return Submitted(f"{FLOW}/{name}", made, url_for("deployment", made))
 
 
 def _ensure_deployment(client: SyncPrefectClient, flow_id: UUID, pool: str) -> None:

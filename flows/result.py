@@ -45,7 +45,7 @@ class StageResult:
 
 @dataclass
 class RunResult:
-    """All that a run did. stopped_by: the signal that asked it to stop.
+    """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     """
@@ -58,6 +58,7 @@ class RunResult:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped_by: int | None = None
     attempt: int = 1
+    out_of_time: bool = False
 
     @property
     def failed(self) -> bool:

@@ -121,6 +121,7 @@ class Stage:
     a parameter `bits` says so.
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration.
+    on_device: whether it computes on the run's device; what only reads and writes doesn't take one.
     """
 
     use: str
@@ -139,6 +140,7 @@ class Stage:
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]]
     passed_on: frozenset[str]
     bits_written: float | None
+    on_device: bool
 
     @property
     def name(self) -> str:
@@ -183,6 +185,7 @@ def stage(
     derived: Callable[[Any], Mapping[str, tuple[str, dict[str, Any]]]] = lambda parameters: {},
     passed_on: frozenset[str] = frozenset(),
     bits_written: float | None = None,
+    on_device: bool = True,
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -190,7 +193,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content, derived, passed_on, bits_written,
+            content, derived, passed_on, bits_written, on_device,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry

@@ -54,6 +54,7 @@ class Opened:
     parameters=ModelParameters,
     output="checkpoint",
     content=lambda parameters: model_content(parameters.source, parameters.revision),
+    on_device=False,
 )
 def model(run: Run, parameters: ModelParameters) -> Artifact:
     """A model from the Hub, a folder, a GGUF file or a Python package, as a checkpoint."""

@@ -71,6 +71,7 @@ class TokensParameters(Parameters):
     output="tokens",
     accepts=frozenset(FORMATS),
     content=lambda parameters: text_content(parameters.source, parameters.revision, parameters.name),
+    on_device=False,
 )
 def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
     """Non-overlapping windows of the text joined by blank lines, tokenized in one piece by the model's tokenizer.
