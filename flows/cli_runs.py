@@ -17,7 +17,7 @@ from .command import answers_errors, open_store, store_option
 
 
 @contextlib.contextmanager
-def _asking_the_server() -> Iterator[Any]:
+def asking_the_server() -> Iterator[Any]:
     """A client of the server at PREFECT_API_URL. Raises ColdpressError if there is none."""
     from .prefect_server import configure_prefect, reach_server, server_configured
 
@@ -44,7 +44,7 @@ def status_command(run: str | None, store_url: str | None, limit: int, as_json: 
     from ..storage.inspect import usage
     from .status import devices, statuses
 
-    with _asking_the_server() as client:
+    with asking_the_server() as client:
         found, shared = statuses(client, run, limit), devices(client)
     store = open_store(store_url)
     stored = usage(store).stored
@@ -86,7 +86,7 @@ def cancel_command(run: str) -> None:
     """End the submitted RUN for good; what it finished is kept. RUN is an id that `status` shows, or its beginning."""
     from .status import cancel
 
-    with _asking_the_server() as client:
+    with asking_the_server() as client:
         click.echo(f"run {cancel(client, run)} is asked to stop")
 
 
@@ -97,7 +97,7 @@ def logs_command(run: str) -> None:
     """What RUN has said on the server, in all its attempts."""
     from .status import logs
 
-    with _asking_the_server() as client:
+    with asking_the_server() as client:
         for line in logs(client, run):
             click.echo(line)
 

@@ -25,6 +25,13 @@ from .command import (
 )
 
 pool_option = click.option("--pool", default="coldpress", show_default=True, metavar="NAME", help="The work pool.")
+heartbeat_option = click.option(
+    "--heartbeat",
+    default=30,
+    show_default=True,
+    type=click.IntRange(30),
+    help="Seconds between a run's signs of life. Without three of them it counts as dead.",
+)
 
 
 @click.command("up")
@@ -32,13 +39,7 @@ pool_option = click.option("--pool", default="coldpress", show_default=True, met
 @click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65535))
 @pool_option
 @click.option("--limit", default=1, show_default=True, type=click.IntRange(1), help="How many runs at the same time.")
-@click.option(
-    "--heartbeat",
-    default=30,
-    show_default=True,
-    type=click.IntRange(30),
-    help="Seconds between a run's signs of life. Without three of them it counts as dead.",
-)
+@heartbeat_option
 @click.option("--no-server", is_flag=True, help="Only a worker, for the server at PREFECT_API_URL.")
 @devices_option
 @slots_option
@@ -135,4 +136,27 @@ def submit_command(
     sys.exit(0 if ended == "Completed" else 1)
 
 
-SERVER_COMMANDS = (up_command, submit_command)
+@click.command("prepare")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="Give this work pool queues for --priority.")
+@heartbeat_option
+@click.option("--webhook", metavar="URL", help="Call this address when a run fails, or is interrupted too often.")
+@click.option(
+    "--interruptions", default=3, show_default=True, type=click.IntRange(1), help="How often within a day is too often."
+)
+@answers_errors
+def prepare_command(pools: tuple[str, ...], heartbeat: int, webhook: str | None, interruptions: int) -> None:
+    """Tell the server at PREFECT_API_URL how interrupted runs go on (`up` does that itself), and whom to notify."""
+    from .cli_runs import asking_the_server
+    from .deployment import prepare_automations, prepare_queues
+    from .notify import notify
+
+    with asking_the_server() as client:
+        for pool in pools:
+            prepare_queues(client, pool)
+        prepare_automations(client, heartbeat)
+        if webhook:
+            notify(client, webhook, interruptions)
+    click.echo("the server is prepared")
+
+
+SERVER_COMMANDS = (up_command, submit_command, prepare_command)

@@ -60,15 +60,15 @@ def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None
     _ensure_pool(client, pool)
     flow_id = client.create_flow_from_name(FLOW)
     _ensure_deployment(client, flow_id, pool)
-    prepare_pool(client, pool, heartbeat)
+    prepare_queues(client, pool)
+    prepare_automations(client, heartbeat)
 
 
-def prepare_pool(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:
-    """Make sure of the queues of a pool that is there already, of whatever type, and of the automations."""
-    _ensure_queues(client, pool)
+def prepare_automations(client: SyncPrefectClient, heartbeat: int) -> None:
+    """Make sure of the automations."""
     flow_id = client.create_flow_from_name(FLOW)
     for automation in automations(flow_id, heartbeat):
-        _ensure_automation(client, automation)
+        ensure_automation(client, automation)
 
 
 def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
@@ -81,8 +81,17 @@ def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
 
 
-def _ensure_queues(client: SyncPrefectClient, pool: str) -> None:
-    """Workers take from `high` first, then from the pool's own queue, then from `low`."""
+def prepare_queues(client: SyncPrefectClient, pool: str) -> None:
+    """Queues for priorities: workers take from `high` first, then from the pool's own queue, then from `low`.
+
+    Raises ColdpressError when there is no such pool.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound as error:
+        raise ColdpressError(f"the server has no work pool '{pool}'; `prefect work-pool create` makes one") from error
     answer = client.request(
         "POST", "/work_pools/{work_pool_name}/queues/filter", path_params={"work_pool_name": pool}, json={}
     )
@@ -160,16 +169,16 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a crashed run is scheduled again",
             description="A run that was killed, or pre-empted, goes on from what it has finished.",
-            trigger=_trigger(flow_id, expect=_events(*_CRASHED)),
+            trigger=trigger(flow_id, expect=events(*_CRASHED)),
             actions=[_change("SCHEDULED", GOES_ON, name="AwaitingRetry")],
         ),
         AutomationCore(
             name="coldpress: a silent run has crashed",
             description="A run died together with its worker when no heartbeat comes.",
-            trigger=_trigger(
+            trigger=trigger(
                 flow_id,
-                after=_events("Running", "heartbeat"),
-                expect=_events("Running", "heartbeat", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                after=events("Running", "heartbeat"),
+                expect=events("Running", "heartbeat", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
                 absent_for=silence,
             ),
             actions=[_change("CRASHED", f"no heartbeat for {silence} seconds")],
@@ -177,10 +186,10 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a run that does not start has crashed",
             description="A run's worker died after taking it and before starting it.",
-            trigger=_trigger(
+            trigger=trigger(
                 flow_id,
-                after=_events("Pending"),
-                expect=_events("Running", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                after=events("Pending"),
+                expect=events("Running", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
                 absent_for=SECONDS_TO_START,
             ),
             actions=[_change("CRASHED", f"not started in {SECONDS_TO_START} seconds")],
@@ -188,13 +197,14 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a run that crashes again and again is given up",
             description="So that a worker on which nothing can start does not try for ever.",
-            trigger=_trigger(flow_id, expect=_events("AwaitingRetry"), threshold=MAX_ATTEMPTS, within=3600),
+            trigger=trigger(flow_id, expect=events("AwaitingRetry"), threshold=MAX_ATTEMPTS, within=3600),
             actions=[_change("FAILED", f"given up: it crashed {MAX_ATTEMPTS} times within an hour")],
         ),
     ]
 
 
-def _events(*names: str) -> set[str]:
+def events(*names: str) -> set[str]:
+    """The events of runs coming into states of these names."""
     return {f"prefect.flow-run.{name}" for name in names}
 
 
@@ -205,7 +215,7 @@ def _change(state: str, message: str, name: str | None = None) -> Any:
     return ChangeFlowRunState(state=StateType(state), name=name, message=message, force=False)
 
 
-def _trigger(
+def trigger(
     flow_id: UUID,
     *,
     expect: set[str],
@@ -232,7 +242,8 @@ def _trigger(
     )
 
 
-def _ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+    """Make an automation, or change the one of its name if it differs."""
     found = client.read_automations_by_name(wanted.name)
     if not found:
         client.create_automation(wanted)

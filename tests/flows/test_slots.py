@@ -253,16 +253,3 @@ def test_no_two_processes_get_a_device_and_each_is_given_back(taker: Callable[..
     assert len(got) == 15
     assert set(got) == {"has a", "has b"}
     assert active("a", "b") == [0, 0]
-
-
-@pytest.mark.long
-def test_a_device_of_a_killed_process_is_free_again_when_its_lease_has_run_out(taker: Callable[..., Any]) -> None:
-    victim = taker("c", 10_000)
-    assert victim.stdout.readline() == "has c\n"
-    while active("c") != [1]:  # it is between two rounds
-        pass
-    victim.kill()
-    heirs = [taker("c", 3), taker("c", 3)]
-    ended = [(process.communicate(timeout=200), process.returncode) for process in heirs]
-    assert [status for _, status in ended] == [0, 0], ended
-    assert active("c") == [0]
