@@ -68,7 +68,7 @@ def _show(entry: Any, *, whole: bool) -> None:
         f"{count} x {word}" for count, word in ((entry.preempted, "pre-empted"), (entry.crashed, "crashed")) if count
     ]
     where = f"pool {entry.pool}" if entry.pool else "not submitted"
-    stages = f"{entry.done} of {len(entry.stages)} stages done" if entry.stages else "not begun"
+    stages = f"{entry.done} of {len(entry.stages)} stages begun are done" if entry.stages else "not begun"
     click.secho(entry.run, bold=True, nl=False)
     click.echo(f"  {', '.join([entry.recipe or '?', entry.user or '?', where, entry.state, *times, stages])}")
     if entry.message and entry.state not in ("Running", "Completed"):

@@ -45,7 +45,7 @@ def notifications(flow_id: UUID, block: UUID, interruptions: int) -> list[Automa
             name="coldpress: tell of a failed run",
             description="Calls the webhook given to `coldpress prepare --webhook`.",
             trigger=trigger(flow_id, expect=events("Failed")),
-            actions=[_call(block, "failed: {{ flow_run.state.message }}")],
+            actions=[_call(block, "failed")],
         ),
         AutomationCore(
             name="coldpress: tell of a run that is interrupted again and again",

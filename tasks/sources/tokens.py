@@ -169,7 +169,7 @@ def _tokenizer(run: Run, model: Artifact) -> Any:
                 with open(os.path.join(folder, name), "wb") as file:
                     file.write(reader.file(name))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise StageError(f"the model's tokenizer can't be loaded from its files: {error}") from error
     tokenizer.model_max_length = 10**30  # windows are cut later; no warning about the length of the whole
