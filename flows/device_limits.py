@@ -70,7 +70,9 @@ class DeviceLimits:
                     )
 
     def acquire(self, device: str, lost: Callable[[], None]) -> DeviceLease | None:
-        """Take a device, or None if another stage has it. `lost` is called should the server give it away.
+        """Take a device, or None if another stage has it, or the server can't be asked just now.
+
+        `lost` is called should the server give it away.
 
         Raises ColdpressError when the server doesn't know the device any more.
         """
@@ -83,7 +85,13 @@ class DeviceLimits:
             except httpx.HTTPStatusError as error:
                 if error.response.status_code == _LOCKED:
                     return None
-                raise
+                if error.response.is_client_error:
+                    raise
+                logger.warning("device %s could not be taken: %s", device, error)
+                return None
+            except httpx.TransportError as error:
+                logger.warning("device %s could not be taken: %s", device, error)
+                return None
         found = ConcurrencyLimitWithLeaseResponse.model_validate(answer.json())
         if not found.limits:
             raise ColdpressError(f"the server's concurrency limit '{name}' was deleted; run it again, it is made anew")

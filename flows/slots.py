@@ -131,7 +131,8 @@ class Slots:
             self._condition.notify_all()
 
     def kill(self) -> None:
-        """End all computing processes at once."""
+        """End all computing processes at once; no other is started."""
+        self.stopping = True
         for slot in (*self._devices, *self._others):
             slot.kill()
 
