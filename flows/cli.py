@@ -16,15 +16,19 @@ import click
 
 from ..storage.errors import ColdpressError
 from .cli_report import REPORT_COMMANDS
+from .cli_runs import RUN_COMMANDS
 from .cli_server import SERVER_COMMANDS
 from .cli_store import STORE_COMMANDS
 from .command import (
     answers_errors,
+    deadline_option,
     device_option,
+    devices_option,
     only_option,
     open_store,
     report_option,
     set_option,
+    slots_option,
     store_option,
 )
 
@@ -57,6 +61,9 @@ def main(verbose: bool) -> None:
 @only_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 @device_option
+@devices_option
+@slots_option
+@deadline_option
 @report_option
 @answers_errors
 def run(
@@ -66,6 +73,9 @@ def run(
     only: tuple[str, ...],
     as_json: bool,
     device: str,
+    devices: str | None,
+    slots: int | None,
+    deadline: float | None,
     report_folder: str | None,
 ) -> None:
     """Run RECIPE (a file, or the name of a shipped recipe); compute only what the store doesn't have."""
@@ -73,11 +83,14 @@ def run(
 
     from ..tasks.reporting.report import write_report
     from .run import run_recipe
+    from .slots import check_devices
     from .terminal import Terminal, print_results
 
+    named, count = check_devices(devices, slots)
     checked = _recipe(recipe, overrides, only)
     with Terminal(Console(stderr=True)) as terminal:
-        result = run_recipe(checked, open_store(store_url), terminal, device=device)
+        store = open_store(store_url)
+        result = run_recipe(checked, store, terminal, device=device, slots=count, devices=named, seconds=deadline)
     document = result.to_json()
     folder = report_folder or os.path.join("reports", checked.name)
     document["report"] = write_report(document, folder)
@@ -214,7 +227,7 @@ def stages(name: str | None) -> None:
         click.echo("\ncoldpress stages NAME shows the parameters")
 
 
-for _command in (*STORE_COMMANDS, *REPORT_COMMANDS, *SERVER_COMMANDS):
+for _command in (*STORE_COMMANDS, *REPORT_COMMANDS, *SERVER_COMMANDS, *RUN_COMMANDS):
     main.add_command(_command)
 
 

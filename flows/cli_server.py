@@ -10,17 +10,28 @@ import sys
 
 import click
 
+from ..storage.errors import ColdpressError
 from .command import (
     answers_errors,
+    deadline_option,
     device_option,
+    devices_option,
     only_option,
     open_store,
     report_option,
     set_option,
+    slots_option,
     store_option,
 )
 
 pool_option = click.option("--pool", default="coldpress", show_default=True, metavar="NAME", help="The work pool.")
+heartbeat_option = click.option(
+    "--heartbeat",
+    default=30,
+    show_default=True,
+    type=click.IntRange(30),
+    help="Seconds between a run's signs of life. Without three of them it counts as dead.",
+)
 
 
 @click.command("up")
@@ -28,19 +39,30 @@ pool_option = click.option("--pool", default="coldpress", show_default=True, met
 @click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65535))
 @pool_option
 @click.option("--limit", default=1, show_default=True, type=click.IntRange(1), help="How many runs at the same time.")
-@click.option(
-    "--heartbeat",
-    default=30,
-    show_default=True,
-    type=click.IntRange(30),
-    help="Seconds between a run's signs of life. Without three of them it counts as dead.",
-)
+@heartbeat_option
 @click.option("--no-server", is_flag=True, help="Only a worker, for the server at PREFECT_API_URL.")
+@devices_option
+@slots_option
 @answers_errors
-def up_command(host: str, port: int, pool: str, limit: int, heartbeat: int, no_server: bool) -> None:
+def up_command(
+    host: str,
+    port: int,
+    pool: str,
+    limit: int,
+    heartbeat: int,
+    no_server: bool,
+    devices: str | None,
+    slots: int | None,
+) -> None:
     """Start a Prefect server, a work pool and a worker; recipes sent with `submit` survive crashes."""
+    from .slots import check_devices
     from .up import Options, up
 
+    check_devices(devices, slots)
+    if devices:
+        os.environ["COLDPRESS_DEVICES"] = devices  # for the runs that its worker starts
+    if slots:
+        os.environ["COLDPRESS_SLOTS"] = str(slots)
     up(Options(host, port, pool, limit, heartbeat, not no_server), click.echo)
 
 
@@ -51,6 +73,15 @@ def up_command(host: str, port: int, pool: str, limit: int, heartbeat: int, no_s
 @only_option
 @pool_option
 @device_option
+@click.option(
+    "--priority",
+    type=click.Choice(("high", "normal", "low")),
+    default="normal",
+    show_default=True,
+    help="Which of a pool's waiting runs a worker takes first.",
+)
+@deadline_option
+@click.option("--cron", metavar="'0 3 * * *'", help="Run it at these times (UTC) rather than once.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit as `run` would.")
 @report_option
 @answers_errors
@@ -61,15 +92,31 @@ def submit_command(
     only: tuple[str, ...],
     pool: str,
     device: str,
+    priority: str,
+    deadline: float | None,
+    cron: str | None,
     wait: bool,
     report_folder: str | None,
 ) -> None:
     """Send RECIPE to the server at PREFECT_API_URL, where a worker runs it, again if need be."""
     from .submit import follow, record_of, submit
 
+    if cron and wait:
+        raise ColdpressError("--wait follows one run, and --cron makes a schedule; leave one of them out")
+
     store = open_store(store_url)
-    submitted = submit(recipe, store, overrides=overrides, only=only, pool=pool, device=device)
-    click.echo(f"run {submitted.run}, on the server {submitted.id}")
+    submitted = submit(
+        recipe,
+        store,
+        overrides=overrides,
+        only=only,
+        pool=pool,
+        device=device,
+        priority=priority,
+        deadline=deadline,
+        cron=cron,
+    )
+    click.echo(f"{'schedule' if cron else 'run'} {submitted.run}, on the server {submitted.id}")
     if submitted.url:
         click.echo(submitted.url)
     if not wait:
@@ -89,4 +136,27 @@ def submit_command(
     sys.exit(0 if ended == "Completed" else 1)
 
 
-SERVER_COMMANDS = (up_command, submit_command)
+@click.command("prepare")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="Give this work pool queues for --priority.")
+@heartbeat_option
+@click.option("--webhook", metavar="URL", help="Call this address when a run fails, or is interrupted too often.")
+@click.option(
+    "--interruptions", default=3, show_default=True, type=click.IntRange(1), help="How often within a day is too often."
+)
+@answers_errors
+def prepare_command(pools: tuple[str, ...], heartbeat: int, webhook: str | None, interruptions: int) -> None:
+    """Tell the server at PREFECT_API_URL how interrupted runs go on (`up` does that itself), and whom to notify."""
+    from .cli_runs import asking_the_server
+    from .deployment import prepare_automations, prepare_queues
+    from .notify import notify
+
+    with asking_the_server() as client:
+        for pool in pools:
+            prepare_queues(client, pool)
+        prepare_automations(client, heartbeat)
+        if webhook:
+            notify(client, webhook, interruptions)
+    click.echo("the server is prepared")
+
+
+SERVER_COMMANDS = (up_command, submit_command, prepare_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,36 @@ only_option = click.option(
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes CUDA where there is some."
+)
+
+
+class Duration(click.ParamType):
+    """Seconds, written as 90s, 30m, 2h or 1d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)([smhd])", str(value))
+        if found is None or float(found[1]) == 0:
+            self.fail(f"{value!r} is no duration; write it as 90s, 30m, 2h or 1d", param, ctx)
+        return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+deadline_option = click.option(
+    "--deadline", type=Duration(), metavar="2h", help="Stop after this time (90s, 30m, 2h, 1d), with all work kept."
+)
+slots_option = click.option(
+    "--slots",
+    type=click.IntRange(1),
+    envvar="COLDPRESS_SLOTS",
+    metavar="N",
+    help="Compute N stages at the same time. [default: $COLDPRESS_SLOTS, or 1, or the number of devices]",
+)
+devices_option = click.option(
+    "--devices",
+    envvar="COLDPRESS_DEVICES",
+    metavar="0,1",
+    help="CUDA devices to share with other runs, a stage on each. [default: $COLDPRESS_DEVICES]",
 )
 report_option = click.option(
     "--report", "report_folder", metavar="DIR", help="Where the report goes. [default: reports/<recipe>]"

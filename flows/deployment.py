@@ -10,13 +10,17 @@ acts on, and `reschedule_forgotten` looks after those of which the event was los
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from ..storage.errors import ColdpressError
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
     from prefect.events import AutomationCore
 
 FLOW = "coldpress"
@@ -29,6 +33,9 @@ SECONDS_TO_START = 120
 SECONDS_UNTIL_FORGOTTEN = 20
 GOES_ON = "goes on from what it has finished"
 
+NORMAL = "normal"  # what waits in the pool's own queue
+PRIORITIES = ("high", NORMAL, "low")  # the others have queues of these names
+
 _JOB_VARIABLES = {
     # Prefect's own command is a process that starts another; killing the first would leave the second.
     "command": "python -m prefect.engine",
@@ -39,13 +46,29 @@ _JOB_VARIABLES = {
 _CRASHED = ("Crashed", "Pre-empted")
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What the server has. run: the run's id in the store, or the name of a schedule. id: its id on the server."""
+
+    run: str
+    id: UUID
+    url: str | None
+
+
 def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:
     """Make sure of the work pool, the deployment `coldpress/<pool>` and the automations. Does nothing twice."""
     _ensure_pool(client, pool)
     flow_id = client.create_flow_from_name(FLOW)
     _ensure_deployment(client, flow_id, pool)
+    prepare_queues(client, pool)
+    prepare_automations(client, heartbeat)
+
+
+def prepare_automations(client: SyncPrefectClient, heartbeat: int) -> None:
+    """Make sure of the automations."""
+    flow_id = client.create_flow_from_name(FLOW)
     for automation in automations(flow_id, heartbeat):
-        _ensure_automation(client, automation)
+        ensure_automation(client, automation)
 
 
 def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
@@ -56,6 +79,68 @@ def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
         client.read_work_pool(pool)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+
+
+def prepare_queues(client: SyncPrefectClient, pool: str) -> None:
+    """Queues for priorities: workers take from `high` first, then from the pool's own queue, then from `low`.
+
+    Raises ColdpressError when there is no such pool.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound as error:
+        raise ColdpressError(f"the server has no work pool '{pool}'; `prefect work-pool create` makes one") from error
+    answer = client.request(
+        "POST", "/work_pools/{work_pool_name}/queues/filter", path_params={"work_pool_name": pool}, json={}
+    )
+    present = {queue["name"] for queue in answer.json()}
+    for name, place in (("high", {"priority": 1}), ("low", {})):  # without a priority it comes last
+        if name not in present:
+            document = {"name": name, "description": f"coldpress submit --priority {name}", **place}
+            client.request(
+                "POST", "/work_pools/{work_pool_name}/queues", path_params={"work_pool_name": pool}, json=document
+            )
+
+
+def schedule(
+    client: SyncPrefectClient,
+    deployment: DeploymentResponse,
+    recipe: str,
+    cron: str,
+    parameters: dict[str, Any],
+    tags: list[str],
+    queue: str | None,
+) -> Submitted:
+    """A deployment of its own for a recipe that runs again and again; the times are in UTC."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.utilities.urls import url_for
+    from pydantic import ValidationError
+
+    try:
+        times = CronSchedule(cron=cron, timezone="UTC")
+    except ValidationError as error:
+        raise ColdpressError(
+            f"--cron {cron!r} is no schedule; write it like '0 3 * * *', at three each night"
+        ) from error
+    name = f"{deployment.name} {recipe}"
+    made = client.create_deployment(
+        deployment.flow_id,
+        name=name,
+        work_pool_name=deployment.work_pool_name,
+        work_queue_name=queue,
+        entrypoint=ENTRYPOINT,
+        schedules=[DeploymentScheduleCreate(schedule=times, active=True)],
+        parameters=parameters,
+        tags=tags,
+        description=f"Runs {recipe} at '{cron}' (UTC).",
+        job_variables=deployment.job_variables,
+        parameter_openapi_schema=deployment.parameter_openapi_schema,
+        enforce_parameter_schema=True,
+    )
+    return Submitted(f"{FLOW}/{name}", made, url_for("deployment", made))
 
 
 def _ensure_deployment(client: SyncPrefectClient, flow_id: UUID, pool: str) -> None:
@@ -84,16 +169,16 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a crashed run is scheduled again",
             description="A run that was killed, or pre-empted, goes on from what it has finished.",
-            trigger=_trigger(flow_id, expect=_events(*_CRASHED)),
+            trigger=trigger(flow_id, expect=events(*_CRASHED)),
             actions=[_change("SCHEDULED", GOES_ON, name="AwaitingRetry")],
         ),
         AutomationCore(
             name="coldpress: a silent run has crashed",
             description="A run died together with its worker when no heartbeat comes.",
-            trigger=_trigger(
+            trigger=trigger(
                 flow_id,
-                after=_events("Running", "heartbeat"),
-                expect=_events("Running", "heartbeat", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                after=events("Running", "heartbeat"),
+                expect=events("Running", "heartbeat", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
                 absent_for=silence,
             ),
             actions=[_change("CRASHED", f"no heartbeat for {silence} seconds")],
@@ -101,10 +186,10 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a run that does not start has crashed",
             description="A run's worker died after taking it and before starting it.",
-            trigger=_trigger(
+            trigger=trigger(
                 flow_id,
-                after=_events("Pending"),
-                expect=_events("Running", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
+                after=events("Pending"),
+                expect=events("Running", "AwaitingRetry", "Completed", "Failed", "Cancelled"),
                 absent_for=SECONDS_TO_START,
             ),
             actions=[_change("CRASHED", f"not started in {SECONDS_TO_START} seconds")],
@@ -112,13 +197,14 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
         AutomationCore(
             name="coldpress: a run that crashes again and again is given up",
             description="So that a worker on which nothing can start does not try for ever.",
-            trigger=_trigger(flow_id, expect=_events("AwaitingRetry"), threshold=MAX_ATTEMPTS, within=3600),
+            trigger=trigger(flow_id, expect=events("AwaitingRetry"), threshold=MAX_ATTEMPTS, within=3600),
             actions=[_change("FAILED", f"given up: it crashed {MAX_ATTEMPTS} times within an hour")],
         ),
     ]
 
 
-def _events(*names: str) -> set[str]:
+def events(*names: str) -> set[str]:
+    """The events of runs coming into states of these names."""
     return {f"prefect.flow-run.{name}" for name in names}
 
 
@@ -129,7 +215,7 @@ def _change(state: str, message: str, name: str | None = None) -> Any:
     return ChangeFlowRunState(state=StateType(state), name=name, message=message, force=False)
 
 
-def _trigger(
+def trigger(
     flow_id: UUID,
     *,
     expect: set[str],
@@ -156,7 +242,8 @@ def _trigger(
     )
 
 
-def _ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+    """Make an automation, or change the one of its name if it differs."""
     found = client.read_automations_by_name(wanted.name)
     if not found:
         client.create_automation(wanted)

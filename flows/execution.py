@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..storage.artifacts import Artifact
@@ -26,8 +26,9 @@ from .plan import compare
 from .provenance import artifact_key, provenance_markdown, resumed_from
 from .recipe import Node, Recipe
 from .result import PREEMPTED, RunResult, end_state, save_record
+from .slots import Slots
 from .terminal import Pace, Terminal
-from .worker import InProcess, Worker
+from .worker import WorkerDied
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LOOKS = 2.0  # at another job's lease
 REPAIRS = 3  # of a stage's inputs, before it fails
+DEATHS = 1  # of a stage's computing process, which it survives: it goes on in a new one
 
 
 class Execution:
@@ -46,19 +48,18 @@ class Execution:
         store: Store,
         terminal: Terminal,
         result: RunResult,
-        workers: Sequence[Worker | InProcess],
+        slots: Slots,
         device: str,
+        seconds: float | None = None,
     ) -> None:
         self.device = device
         self.recipe = recipe
         self.store = store
         self.terminal = terminal
         self.result = result
-        self._workers = workers
-        self._free = list(workers)
-        self._condition = threading.Condition()
+        self._slots = slots
+        self._seconds = seconds
         self._saving = threading.Lock()
-        self._stopping = False
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
         """The flow's body; its parameters are there to be seen on the dashboard."""
@@ -69,11 +70,10 @@ class Execution:
         """Submit all nodes to the task runner of the present flow run, and wait for them."""
         futures: dict[str, Any] = {}
         try:
-            with self._heeding_signals():
+            with self._heeding_signals(), self._heeding_deadline():
                 self._run_all(futures)
         except BaseException:  # threads that wait for a worker must come free at once
-            for worker in self._workers:
-                worker.kill()
+            self._slots.kill()
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Execution:
             futures[node.name].wait()
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
-                why = "the run was asked to stop" if self._stopping else "something before it failed"
+                why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
                 self.terminal.finish(node.name, "skipped", 0, why)
 
     @contextlib.contextmanager
@@ -98,21 +98,18 @@ class Execution:
 
         def stop(number: int, frame: Any) -> None:
             nonlocal first
-            if self._stopping and time.monotonic() - first < 1.0:
+            if self._slots.stopping and time.monotonic() - first < 1.0:
                 return  # one request that came twice: to the process, and to its group
-            if self._stopping:
+            if self._slots.stopping:
                 raise KeyboardInterrupt
-            self._stopping, first = True, time.monotonic()
+            first = time.monotonic()
             self.result.stopped_by = number
             self.terminal.say(f"asked to stop: finishing what is at hand, for at most {grace:g} s (again: at once)")
             timer.start()
-            for worker in self._workers:
-                worker.preempt()
-            with self._condition:
-                self._condition.notify_all()
+            self._slots.stop()
 
         grace = grace_seconds()
-        timer = threading.Timer(grace, lambda: [worker.kill() for worker in self._workers])
+        timer = threading.Timer(grace, self._slots.kill)
         timer.daemon = True
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -121,8 +118,28 @@ class Execution:
             timer.cancel()
             for number, handler in before.items():
                 # What stops has little left to do, and Prefect would take one more SIGTERM for a crash.
-                late = self._stopping and number == signal.SIGTERM
+                late = self._slots.stopping and number == signal.SIGTERM
                 signal.signal(number, signal.SIG_IGN if late else handler)
+
+    @contextlib.contextmanager
+    def _heeding_deadline(self) -> Iterator[None]:
+        """When its seconds are over the run asks itself to stop, as SIGTERM would."""
+        if self._seconds is None:
+            yield
+            return
+
+        def over() -> None:
+            self.result.out_of_time = True
+            self.terminal.say("the deadline has come")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        timer = threading.Timer(self._seconds, over)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _task(self, node: Node) -> Task[Any, Any]:
         import prefect
@@ -197,6 +214,7 @@ class Execution:
         about = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name, "inputs": image["inputs"]}
         self._name_journals_that_do_not_fit(node, image)
         claim = Claim(self.store, digest_of(image), about)
+        deaths = 0
         while True:
             lease = claim.acquire()
             if lease is None:
@@ -213,6 +231,11 @@ class Execution:
                     return action, "resumed" if "resumed" in action.provenance else "computed"
                 except LeaseLost as error:
                     self.terminal.say(f"  {node.name}: {error}")
+                except WorkerDied as error:
+                    deaths += 1
+                    if deaths > DEATHS:
+                        raise
+                    self.terminal.say(f"  {node.name}: {error}; going on in a new one")
 
     def _wait_for(self, node: Node, claim: Claim, shown: _ProgressArtifact) -> None:
         """Wait a moment for another job, showing which. Raises Preempted."""
@@ -221,11 +244,9 @@ class Execution:
             text = f"waiting for run {holder['run']} on {holder['host']} (process {holder['pid']})"
             self.terminal.wait(node.name, text, holder["doing"])
             shown.describe(f"{text} {holder['doing']}")
-        with self._condition:
-            if not self._stopping:
-                self._condition.wait(SECONDS_BETWEEN_LOOKS)
-            if self._stopping:
-                raise Preempted("was waiting for another job when the run was asked to stop")
+        self._slots.pause(SECONDS_BETWEEN_LOOKS)
+        if self._slots.stopping:
+            raise Preempted("was waiting for another job when the run was asked to stop")
 
     def _compute(
         self,
@@ -235,11 +256,11 @@ class Execution:
         heartbeat: Heartbeat,
         shown: _ProgressArtifact,
     ) -> Action:
-        pace = Pace()
+        pace, place = Pace(), ""
 
         def progress(what: str, done: int, total: int) -> None:
             self.terminal.advance(node.name, what, done, total)
-            heartbeat.doing = pace.describe(what, done, total)
+            heartbeat.doing = f"{pace.describe(what, done, total)}{place}"
             shown.update(100.0 * done / total, heartbeat.doing)
 
         context = {
@@ -248,11 +269,17 @@ class Execution:
             "recipe": self.recipe.name,
             "node": node.name,
         }
-        worker = self._take_worker()
-        try:
+
+        def waiting(text: str) -> None:
+            self.terminal.wait(node.name, text, "")
+            heartbeat.doing = text
+            shown.describe(text)
+
+        with self._slots.taken(node.stage, waiting) as worker:
+            if worker.visible:
+                place = f", on device {worker.visible}"
+                context["visible_device"] = worker.visible
             return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
-        finally:
-            self._give_back(worker)
 
     def _name_journals_that_do_not_fit(self, node: Node, image: Mapping[str, Any]) -> None:
         """Say of earlier unfinished attempts at this node why they are of no use now."""
@@ -261,19 +288,6 @@ class Execution:
             if (context.get("recipe"), context.get("node")) == (self.recipe.name, node.name) and then != image:
                 fields = ", ".join(f"{d.field} was {d.then!r}, is {d.now!r}" for d in compare(image, then))
                 self.terminal.say(f"  {node.name}: an unfinished attempt of an earlier run does not fit: {fields}")
-
-    def _take_worker(self) -> Worker | InProcess:
-        with self._condition:
-            while not self._free and not self._stopping:
-                self._condition.wait()
-            if self._stopping:
-                raise Preempted("not begun when the run was asked to stop")
-            return self._free.pop()
-
-    def _give_back(self, worker: Worker | InProcess) -> None:
-        with self._condition:
-            self._free.append(worker)
-            self._condition.notify()
 
     def _show_artifact(self, node: Node, action: Action, state: str) -> None:
         from prefect.artifacts import create_markdown_artifact

@@ -51,6 +51,13 @@ def reach_server() -> None:
     try:
         with get_client(sync_client=True) as client:
             client.hello()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in (401, 403):
+            refusal = f"the Prefect server at {PREFECT_API_URL.value()} refuses: it wants PREFECT_API_AUTH_STRING to be"
+            raise ColdpressError(f"{refusal} set to the user:password that it was started with") from error
+        raise ColdpressError(
+            f"the Prefect server at {PREFECT_API_URL.value()} answers with an error: {error}"
+        ) from error
     except (httpx.HTTPError, RuntimeError) as error:
         if url := PREFECT_API_URL.value():
             advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"

@@ -59,7 +59,7 @@ class StageResult:
 
 @dataclass
 class RunResult:
-    """All that a run did. stopped_by: the signal that asked it to stop.
+    """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.
@@ -78,6 +78,7 @@ class RunResult:
     generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     stopped_by: int | None = None
     attempt: int = 1
+    out_of_time: bool = False
 
     @property
     def failed(self) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import datetime
 import functools
+import getpass
 import json
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from ..tasks.reporting.significance import Items, compare_all
 from .execution import Execution
@@ -22,11 +25,15 @@ from .prefect_server import configure_prefect, reach_server, server_configured
 from .provenance import show_report
 from .recipe import Node, Recipe
 from .result import RunResult, read_items, save_record
+from .slots import Slots
 from .terminal import Terminal
 from .worker import InProcess, Worker
 
 if TYPE_CHECKING:
     from prefect import Flow
+
+
+RUN_TAG = "coldpress"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,15 @@ def new_run_id() -> str:
     return f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
+def run_tags(recipe: str) -> list[str]:
+    """By what a run is found on the dashboard: that it is ours, its recipe, and who asked for it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return [RUN_TAG, f"recipe:{recipe}", f"user:{user}"]
+
+
 def run_recipe(
     recipe: Recipe,
     store: Store,
@@ -49,12 +65,18 @@ def run_recipe(
     *,
     device: str = "auto",
     slots: int = 1,
+    devices: Sequence[str] = (),
+    seconds: float | None = None,
     within: Attempt | None = None,
 ) -> RunResult:
     """Check, plan and run a recipe; failed branches don't stop the others. Raises RecipeError before anything runs.
 
+    `slots` stages are computed at the same time. `devices`: see `slots.py`; one slot each, if there are any.
+    `seconds`: after so many the run asks itself to stop, as SIGTERM would, its work kept.
     `within`: the flow run in which this is called, whose tasks the stages become; without it the run makes its own.
     """
+    if devices and store.url.startswith("memory://"):
+        raise ColdpressError("only one process sees a memory:// store; --devices needs a folder or a URL")
     plan = prepare(recipe, store, device)
     check_disk(plan, store)
     attempt = within or Attempt(new_run_id(), 1)
@@ -69,7 +91,18 @@ def run_recipe(
             result.record(planned.node, "cached", planned.action)
             terminal.finish(planned.node.name, "cached", 0)
     else:
-        _run_on_prefect(recipe, store, terminal, plan, result, device=device, slots=slots, within=within)
+        _run_on_prefect(
+            recipe,
+            store,
+            terminal,
+            plan,
+            result,
+            device=device,
+            slots=slots,
+            devices=devices,
+            seconds=seconds,
+            within=within,
+        )
     for node in recipe.nodes:
         artifact = result.stages[node.name].artifact
         if artifact is not None:
@@ -131,36 +164,52 @@ def _run_on_prefect(
     *,
     device: str,
     slots: int,
+    devices: Sequence[str],
+    seconds: float | None,
     within: Attempt | None,
 ) -> None:
-    workers: list[Worker | InProcess] = []
-    if not all(planned.action for planned in plan.values()):
-        kind = InProcess if store.url.startswith("memory://") else Worker
-        workers = [kind(device) for _ in range(slots)]  # their slow imports run while Prefect starts
+    computes = not all(planned.action for planned in plan.values())
+    if devices and device == "auto":
+        device = "cuda"  # they were named: computing on the CPU instead would be a surprise
+
+    def start(visible: str | None) -> Worker | InProcess:
+        if store.url.startswith("memory://"):
+            return InProcess(device)
+        if devices and visible is None:
+            return Worker("cpu", visible="")
+        return Worker(device, visible=visible, share=slots)
+
+    limits = None
+    if computes and devices and server_configured():
+        configure_prefect()
+        reach_server()
+        from .device_limits import DeviceLimits
+
+        limits = DeviceLimits(devices)
+    shared = Slots(start, slots if computes else 0, devices if computes else (), limits)
     try:
         if within is not None:
-            Execution(recipe, store, terminal, result, workers, device).run()
+            Execution(recipe, store, terminal, result, shared, device, seconds).run()
             return
         configure_prefect()
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         reach_server()
-        execution = Execution(recipe, store, terminal, result, workers, device)
+        execution = Execution(recipe, store, terminal, result, shared, device, seconds)
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,
-            task_runner=_task_runner(slots),
+            task_runner=_task_runner(max(shared.threads, 1)),
             persist_result=False,
             validate_parameters=False,
         )(_with_report(execution, recipe, store, result))
         # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
-        settings = {} if workers else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-        with temporary_settings(settings):
+        settings = {} if computes else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings(settings), prefect.tags(*run_tags(recipe.name)):
             flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
     finally:
-        for worker in workers:
-            worker.kill()
+        shared.kill()
 
 
 def _with_report(execution: Execution, recipe: Recipe, store: Store, result: RunResult) -> Callable[..., Any]:
@@ -176,9 +225,9 @@ def _with_report(execution: Execution, recipe: Recipe, store: Store, result: Run
     return body
 
 
-def _task_runner(slots: int) -> Any:
+def _task_runner(threads: int) -> Any:
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    # One thread a worker: what waits for a device shows as pending. Nodes are submitted in an order in which inputs
+    # One thread a slot: what waits for one shows as pending. Nodes are submitted in an order in which inputs
     # come first, so a full pool never waits for a queued node.
-    return ThreadPoolTaskRunner(max_workers=slots)
+    return ThreadPoolTaskRunner(max_workers=threads)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import ColdpressError
 from ..storage.store import Store
-from .deployment import FLOW
+from .deployment import FLOW, NORMAL, Submitted, schedule
 from .plan import prepare
 from .prefect_server import configure_prefect, reach_server, server_configured
 from .recipe import find_recipe, parse_recipe
-from .run import new_run_id
+from .run import new_run_id, run_tags
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -24,19 +23,22 @@ _SECONDS_OF_SILENCE = 120.0  # so long the server may be away while a run is fol
 _SECONDS_TO_RESCHEDULE = 60.0
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """A run that the server has. run: its id in the store. id: its id on the server."""
-
-    run: str
-    id: UUID
-    url: str | None
-
-
 def submit(
-    name: str, store: Store, *, overrides: Sequence[str], only: Sequence[str], pool: str, device: str
+    name: str,
+    store: Store,
+    *,
+    overrides: Sequence[str],
+    only: Sequence[str],
+    pool: str,
+    device: str,
+    priority: str = NORMAL,
+    deadline: float | None = None,
+    cron: str | None = None,
 ) -> Submitted:
-    """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError."""
+    """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError.
+
+    cron: make a schedule for it instead of a run; the id is then the deployment's. deadline: in seconds.
+    """
     path, text, folder = find_recipe(name)
     recipe = parse_recipe(path, text, folder, overrides)
     recipe = recipe.only(only) if only else recipe
@@ -54,7 +56,7 @@ def submit(
     from prefect.utilities.urls import url_for
 
     run = new_run_id()
-    parameters = {
+    parameters: dict[str, Any] = {
         "text": text,
         "store": store.url,
         "recipe": path,
@@ -64,6 +66,9 @@ def submit(
         "device": device,
         "run": run,
     }
+    if deadline is not None:
+        parameters["deadline"] = deadline
+    tags = run_tags(recipe.name)
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")
@@ -73,8 +78,12 @@ def submit(
                 f"the Prefect server has no deployment {FLOW}/{pool}; `coldpress up{option}` makes it "
                 f"(with --no-server on a server that runs already)"
             ) from error
+        queue = None if priority == NORMAL else priority
+        if cron is not None:
+            del parameters["run"]  # each has its own
+            return schedule(client, deployment, recipe.name, cron, parameters, tags, queue)
         flow_run = client.create_flow_run_from_deployment(
-            deployment.id, parameters=parameters, name=f"{recipe.name} {run}", tags=[recipe.name]
+            deployment.id, parameters=parameters, name=f"{recipe.name} {run}", tags=tags, work_queue_name=queue
         )
     return Submitted(run, flow_run.id, url_for(flow_run))
 

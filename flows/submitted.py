@@ -7,11 +7,13 @@ and in its journals what they had begun. How an attempt ends decides what comes 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import threading
 import time
+from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
 import prefect
@@ -37,16 +39,33 @@ from .deployment import FLOW, MAX_ATTEMPTS
 from .execution import grace_seconds
 from .provenance import show_report
 from .recipe import parse_recipe
-from .result import end_state
+from .result import DONE, end_state
 from .run import Attempt, run_recipe
+from .slots import check_devices
 from .terminal import Terminal
 
 _SECONDS_TO_REPORT = 15.0
 
 
+def worker_slots() -> tuple[tuple[str, ...], int]:
+    """(devices, slots) of the machine that this run came to: $COLDPRESS_DEVICES and $COLDPRESS_SLOTS."""
+    slots = os.environ.get("COLDPRESS_SLOTS") or None
+    if slots is not None and (not slots.isdecimal() or int(slots) < 1):
+        raise ColdpressError(f"COLDPRESS_SLOTS is {slots!r}; write a number from 1 up")
+    return check_devices(os.environ.get("COLDPRESS_DEVICES"), int(slots) if slots else None)
+
+
+def _threads() -> int:
+    """One for each slot, and one for stages that need no device. What is wrong is told when the run begins."""
+    with contextlib.suppress(ColdpressError):
+        devices, slots = worker_slots()
+        return slots + 1 if devices else slots
+    return 1
+
+
 @prefect.flow(
     name=FLOW,
-    task_runner=cast("TaskRunner[Any]", ThreadPoolTaskRunner(max_workers=1)),
+    task_runner=cast("TaskRunner[Any]", ThreadPoolTaskRunner(max_workers=_threads())),
     persist_result=False,
     retries=0,
 )
@@ -59,10 +78,12 @@ def recipe_run(
     only: list[str] = [],  # noqa: B006
     device: str = "auto",
     run: str = "",
+    deadline: float | None = None,
 ) -> State[Any]:
     """Run a recipe. text: its YAML. recipe: how it is called in errors. folder: where its relative paths begin.
 
     store: an absolute folder or an fsspec URL. run: the run's id; without one the flow run's own.
+    deadline: seconds since its first attempt began; then it is cancelled, its work kept.
     """
     flow_run = _present_flow_run()
     cap = max_attempts()
@@ -70,18 +91,44 @@ def recipe_run(
         return Failed(message=f"given up after {cap} attempts; `coldpress submit` goes on from what they have done")
     if flow_run.run_count > 1:
         close_dead_task_runs(flow_run)
+    left = None if deadline is None else deadline - _seconds_since_first_start(flow_run)
+    if left is not None and left <= 0:
+        return _out_of_time(deadline)
     checked = parse_recipe(recipe, text, folder, overrides)
     if only:
         checked = checked.only(only)
     attempt = Attempt(run or str(flow_run.id), flow_run.run_count)
     _end_when_orphaned()
-    result = run_recipe(checked, Store(store), _LoggingTerminal(), device=device, within=attempt)
+    devices, slots = worker_slots()
+    result = run_recipe(
+        checked,
+        Store(store),
+        _LoggingTerminal(),
+        device=device,
+        slots=slots,
+        devices=devices,
+        seconds=left,
+        within=attempt,
+    )
     show_report(result)
+    if result.out_of_time and any(entry.state not in DONE for entry in result.stages.values()):
+        _end_quietly(_out_of_time(deadline))
     if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]
         _end_quietly(Cancelled(message="cancelled; all finished work is kept"))
     elif result.stopped_by is not None:
         _end_quietly(end_state(result))
     return end_state(result)
+
+
+def _out_of_time(deadline: float | None) -> State[Any]:
+    return Cancelled(message=f"its deadline of {deadline:g} s has come; what it finished is kept")
+
+
+def _seconds_since_first_start(flow_run: FlowRun) -> float:
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run.id)
+    started = [state.timestamp for state in states if state.is_running()]
+    return (datetime.now(UTC) - min(started)).total_seconds() if started else 0.0
 
 
 def _end_quietly(state: State[Any]) -> NoReturn:

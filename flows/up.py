@@ -194,6 +194,8 @@ def _settings(api: str, options: Options) -> Mapping[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
+    if options.own_server and (secret := os.environ.get("PREFECT_SERVER_API_AUTH_STRING")):
+        defaults["PREFECT_API_AUTH_STRING"] = secret  # its own worker may come in
     return {**{name: value for name, value in defaults.items() if name not in os.environ}, **settings}
 
 
@@ -262,6 +264,8 @@ def _welcome(address: str, options: Options, say: Say) -> None:
     say(f"dashboard: {address}")
     say("in another terminal:")
     say(f"  export PREFECT_API_URL={address}/api")
+    if os.environ.get("PREFECT_API_AUTH_STRING"):
+        say("  export PREFECT_API_AUTH_STRING=…   # the user:password of this server")
     say(f"  coldpress submit RECIPE{pool}")
     say("Ctrl-C ends it; what runs keeps its work")
 

@@ -48,22 +48,25 @@ class WorkerDied(StageError):
 
 
 class Worker:
-    """A computing process, started at construction and used by one caller at a time."""
+    """A computing process, started at construction and used by one caller at a time.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    visible: the only CUDA device that it sees, or "" for none. share: how many processes share the machine's cores.
+    """
+
+    def __init__(self, device: str, *, visible: str | None = None, share: int = 1) -> None:
+        self.device, self.visible = device, visible
         self._lock = threading.Lock()
         self._last_words: collections.deque[str] = collections.deque(maxlen=30)
         self._asked_to_stop = False
         # A session of its own, so that Ctrl-C reaches the run first and it decides what happens here.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coldpress.flows.worker", device],
+            [sys.executable, "-m", "coldpress.flows.worker", device, str(share)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**_ALLOCATION, **os.environ},
+            env={**_ALLOCATION, **os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})},
             start_new_session=True,
         )
         threading.Thread(target=self._listen, daemon=True).start()
@@ -144,6 +147,8 @@ class Worker:
 class InProcess:
     """For `memory://` stores, which no other process can see: computes where it is called."""
 
+    visible: str | None = None
+
     def __init__(self, device: str) -> None:
         self.device = device
         self._lock = threading.Lock()
@@ -173,12 +178,16 @@ class InProcess:
 
 
 def _resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is some, else the CPU."""
-    if device != "auto":
+    """ "auto" is CUDA where there is some, else the CPU. Raises StageError where CUDA is asked for and not there."""
+    if device != "auto" and not device.startswith("cuda"):
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    if device != "auto" and not there:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise StageError(f"there is no CUDA device here{'' if seen is None else f' called {seen}'}; see nvidia-smi")
+    return device if device != "auto" else "cuda" if there else "cpu"
 
 
 def _answer(stream: Any, **message: Any) -> None:
@@ -194,7 +203,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _serve(device: str) -> None:
+def _serve(device: str, share: int) -> None:
     # Before anything slow: the parent may die while torch is imported.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stop = threading.Event()
@@ -204,26 +213,25 @@ def _serve(device: str) -> None:
     os.dup2(2, 1)
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // share))
     torch.backends.cuda.matmul.allow_tf32 = False
     # The slow imports of stages, done while the server starts.
     import accelerate  # noqa: F401
     import transformers.modeling_layers
     import transformers.models.auto.modeling_auto  # noqa: F401
 
-    device = _resolve_device(device)
     stores: dict[str, Store] = {}
     for line in sys.stdin:
         request = json.loads(line)
         store = stores.setdefault(request["store"], Store(request["store"]))
         stage = stage_named(request["stage"])
-        run = Run(
-            store,
-            device,
-            lambda what, done, total: _answer(answers, progress=[what, done, total]),
-            stop_asked=stop.is_set,
-        )
+
+        def progress(what: str, done: int, total: int) -> None:
+            _answer(answers, progress=[what, done, total])
+
         try:
+            run = Run(store, _resolve_device(device), progress, stop_asked=stop.is_set)
             parameters = stage.parameters.model_validate(request["parameters"])
             inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
             lease = Lease(*request["lease"]) if request["lease"] else None
@@ -238,8 +246,10 @@ def _serve(device: str) -> None:
             sys.stderr.flush()
             _answer(answers, error=f"{type(error).__name__}: {error}", traceback=trace)
         else:
+            if run.device.startswith("cuda"):
+                torch.cuda.empty_cache()  # others may compute on it before this process does again
             _answer(answers, done=action.key)
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], int(sys.argv[2]))

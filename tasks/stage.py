@@ -129,6 +129,7 @@ class Stage:
     content: for a source, the content id of what its parameters point at. derived: further inputs that the parameters
     ask for, role -> (stage that makes it, its parameters); that stage takes the same model and calibration, or, for an
     evaluation, the first model of the variant's branch, which is also what an input `reference` is.
+    on_device: whether it computes on the run's device; what only reads and writes doesn't take one.
     """
 
     use: str
@@ -148,6 +149,7 @@ class Stage:
     passed_on: frozenset[str]
     bits_written: float | None
     alone: bool
+    on_device: bool
 
     @property
     def name(self) -> str:
@@ -193,6 +195,7 @@ def stage(
     passed_on: frozenset[str] = frozenset(),
     bits_written: float | None = None,
     alone: bool = False,
+    on_device: bool = True,
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register `function(run, parameters, **inputs) -> Artifact` as a stage; see `Stage` for the arguments."""
 
@@ -200,7 +203,7 @@ def stage(
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         entry = Stage(
             use, method, version, parameters, inputs or {}, output, function, summary, paper, check, after, accepts,
-            content, derived, passed_on, bits_written, alone,
+            content, derived, passed_on, bits_written, alone, on_device,
         )  # fmt: skip
         assert entry.name not in CATALOGUE, f"two stages are called {entry.name}"
         CATALOGUE[entry.name] = entry

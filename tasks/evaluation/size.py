@@ -19,6 +19,7 @@ class SizeParameters(Parameters):
     inputs={"model": "checkpoint"},
     output="metrics",
     accepts=frozenset((*FORMATS, "adapter")),
+    on_device=False,
 )
 def size(run: Run, parameters: SizeParameters, model: Artifact) -> Artifact:
     """Bytes of the exported folder; over the block linears: bits per weight, pruned share, share of exact zeros.

@@ -54,6 +54,7 @@ class Opened:
     parameters=ModelParameters,
     output="checkpoint",
     content=lambda parameters: model_content(parameters.source, parameters.revision),
+    on_device=False,
 )
 def model(run: Run, parameters: ModelParameters) -> Artifact:
     """A model from the Hub, a folder, a GGUF file or a Python package, as a checkpoint."""
@@ -240,7 +241,7 @@ def _open_gguf(path: str) -> Opened:
     from ..skeleton import build_model
 
     folder, name = os.path.split(path)
-    config = AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()
+    config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False).to_dict()
     family_of(config)
     skeleton = build_model(config, torch.float32)
     reader = GGUFReader(path)
@@ -261,7 +262,7 @@ def _open_gguf(path: str) -> Opened:
         return result
 
     with tempfile.TemporaryDirectory() as saved:
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(saved)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(saved)
         files = {file: _clean(file, data) for file, data in _files(saved) if file in MODEL_FILES}
     full = all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in reader.tensors)
     return Opened(config, files, tuple(tensors), read, torch.float32 if full else torch.bfloat16)

@@ -87,6 +87,7 @@ class TokensParameters(Parameters):
     output="tokens",
     accepts=frozenset(FORMATS),
     content=lambda parameters: text_content(parameters.source, parameters.revision, parameters.name),
+    on_device=False,
 )
 def tokens(run: Run, parameters: TokensParameters, model: Artifact) -> Artifact:
     """Non-overlapping windows of the text joined by blank lines, tokenized in one piece by the model's tokenizer.
@@ -213,6 +214,6 @@ def load_tokenizer(run: Run, model: Artifact) -> Any:
                 with open(os.path.join(folder, name), "wb") as file:
                     file.write(reader.file(name))
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise StageError(f"the model's tokenizer can't be loaded from its files: {error}") from error

@@ -1,0 +1,201 @@
+"""What runs are doing, as the Prefect server knows it: for `coldpress status`, `cancel` and `logs`.
+
+Runs are found by their tag, those of `coldpress run` as well as submitted ones. What a stage does, or waits for, is the
+text of its progress artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from ..storage.errors import ColdpressError
+from .device_limits import device_of
+from .run import RUN_TAG
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun, TaskRun
+    from prefect.client.schemas.responses import OrchestrationResult
+
+_PAGE = 200  # the most that the server answers with
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of a run. percent, doing: of what runs: "pruning 3/24, 1 min left", or "waiting for device 0"."""
+
+    name: str
+    state: str
+    percent: float | None = None
+    doing: str = ""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run. run: its id in the store. id: its id on the server. preempted, crashed: how often it was."""
+
+    run: str
+    id: str
+    recipe: str
+    user: str
+    state: str
+    message: str
+    attempts: int
+    preempted: int
+    crashed: int
+    pool: str | None
+    stages: list[StageStatus] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """How many stages have their result."""
+        return sum(stage.state in ("Completed", "Cached") for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `status --json` shows it."""
+        return asdict(self)
+
+
+def statuses(client: SyncPrefectClient, run: str | None = None, limit: int = 20) -> list[RunStatus]:
+    """The newest runs, or the one called so. Raises ColdpressError if there is none of that name."""
+    found = [find_run(client, run)] if run else _newest(client, limit)
+    return [_status(client, flow_run) for flow_run in found]
+
+
+def devices(client: SyncPrefectClient) -> list[dict[str, Any]]:
+    """The devices that runs share: {"host": …, "device": …, "taken": bool}."""
+    found: list[dict[str, Any]] = []
+    offset = 0
+    while page := client.read_global_concurrency_limits(limit=_PAGE, offset=offset):
+        offset += len(page)
+        for limit in page:
+            if place := device_of(limit.name):
+                found.append({"host": place[0], "device": place[1], "taken": limit.active_slots > 0})
+    return sorted(found, key=lambda entry: (entry["host"], entry["device"]))
+
+
+def find_run(client: SyncPrefectClient, name: str) -> FlowRun:
+    """The flow run of a run's id in the store, or on the server, or the unique beginning of either."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_flow_run(UUID(name))
+    except (ValueError, ObjectNotFound):
+        pass
+    known = _newest(client, _PAGE)
+    fits = [flow_run for flow_run in known if run_id(flow_run).startswith(name) or str(flow_run.id).startswith(name)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ColdpressError(f"'{name}' fits {len(fits)} runs; write more of its id")
+    raise ColdpressError(f"the server has no run '{name}' among the last {_PAGE}; `coldpress status` shows them")
+
+
+def run_id(flow_run: FlowRun) -> str:
+    """What the run is called in the store."""
+    if flow_run.deployment_id is not None:
+        return str(flow_run.parameters.get("run") or flow_run.id)
+    return flow_run.name
+
+
+def cancel(client: SyncPrefectClient, name: str) -> str:
+    """Ask a submitted run to stop for good, its work kept; returns its id in the store. Raises ColdpressError."""
+    from prefect.states import Cancelled, Cancelling
+
+    flow_run = find_run(client, name)
+    run, state = run_id(flow_run), flow_run.state
+    if state is not None and state.is_final() and not state.is_crashed():
+        raise ColdpressError(f"run {run} has ended already: {state.name}")
+    if flow_run.deployment_id is None:
+        raise ColdpressError(f"run {run} was not submitted: end it with Ctrl-C or SIGTERM where it runs")
+    runs = state is not None and (state.is_running() or state.is_pending() or state.is_cancelling())
+    message = "cancelled; all finished work is kept"
+    # Nobody is there who could end what doesn't run.
+    answer: OrchestrationResult[Any] = client.set_flow_run_state(
+        flow_run.id,
+        Cancelling() if runs else Cancelled(message=message),
+        force=state is not None and state.is_crashed(),
+    )
+    if answer.status.value != "ACCEPT":
+        raise ColdpressError(f"the server did not cancel run {run}: {getattr(answer.details, 'reason', answer.status)}")
+    return run
+
+
+def logs(client: SyncPrefectClient, name: str) -> Iterator[str]:
+    """The lines of a run's log, of all attempts, oldest first."""
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.sorting import LogSort
+
+    flow_run = find_run(client, name)
+    of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
+    offset = 0
+    while page := client.read_logs(of_run, limit=_PAGE, offset=offset, sort=LogSort.TIMESTAMP_ASC):
+        offset += len(page)
+        for line in page:
+            yield f"{line.timestamp:%Y-%m-%d %H:%M:%S} {line.message}"
+
+
+def _newest(client: SyncPrefectClient, limit: int) -> list[FlowRun]:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[RUN_TAG]))
+    return client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
+
+
+def _status(client: SyncPrefectClient, flow_run: FlowRun) -> RunStatus:
+    past = [str(state.name) for state in client.read_flow_run_states(flow_run.id)]
+    tags = dict(tag.split(":", 1) for tag in flow_run.tags if ":" in tag)
+    return RunStatus(
+        run=run_id(flow_run),
+        id=str(flow_run.id),
+        recipe=tags.get("recipe", ""),
+        user=tags.get("user", ""),
+        state=str(flow_run.state.name) if flow_run.state else "",
+        message=(flow_run.state.message if flow_run.state else None) or "",
+        attempts=flow_run.run_count,
+        preempted=past.count("Pre-empted"),
+        crashed=past.count("Crashed"),
+        pool=flow_run.work_pool_name,
+        stages=_stages(client, flow_run),
+    )
+
+
+def _stages(client: SyncPrefectClient, flow_run: FlowRun) -> list[StageStatus]:
+    """The stages of all attempts, each as the last one left it."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.sorting import TaskRunSort
+
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+    latest: dict[str, TaskRun] = {}
+    offset = 0
+    while page := client.read_task_runs(
+        flow_run_filter=of_run, sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=_PAGE, offset=offset
+    ):
+        offset += len(page)
+        latest.update({task_run.name: task_run for task_run in page})
+    progress = _progress(client, flow_run) if flow_run.state and flow_run.state.is_running() else {}
+    found = []
+    for name, task_run in latest.items():
+        state = str(task_run.state.name) if task_run.state else "Pending"
+        percent, doing = progress.get(task_run.id, (None, "")) if state == "Running" else (None, "")
+        found.append(StageStatus(name, state, percent, doing.removeprefix(f"{name}: ")))
+    return found
+
+
+def _progress(client: SyncPrefectClient, flow_run: FlowRun) -> dict[UUID, tuple[float | None, str]]:
+    """Task run -> (percent, what it does)."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
+
+    wanted = ArtifactFilter(
+        flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]), type=ArtifactFilterType(any_=["progress"])
+    )
+    found = client.read_artifacts(artifact_filter=wanted, limit=_PAGE)
+    return {
+        artifact.task_run_id: (float(str(artifact.data)), artifact.description or "")
+        for artifact in found
+        if artifact.task_run_id is not None
+    }
