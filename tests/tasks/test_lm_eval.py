@@ -138,7 +138,7 @@ def test_scores_are_those_of_lm_evals_command_line(
     asked = ["run", "--model", "hf", "--model_args", f"pretrained={folder}", "--device", "cpu", "--batch_size", "3"]
     asked += ["--tasks", *KINDS, "--include_path", str(my_tasks), "--output_path", str(tmp_path / "out.json")]
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND_LINE, *asked], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", COMMAND_LINE, *asked], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = tmp_path.glob("out*.json")
