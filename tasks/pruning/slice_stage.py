@@ -27,8 +27,17 @@ def check_slice(parameters: SliceParameters, facts: ModelFacts) -> Iterator[str]
         yield "the model has no masks, so there is nothing to slice; name one that wanda-sp made with 'masked: true'"
 
 
-@stage("prune", "slice", version=1, parameters=SliceParameters, inputs={"model": "checkpoint"}, output="checkpoint",
-       check=check_slice, after=lambda parameters, facts: replace(facts, masked=True))  # fmt: skip
+@stage(
+    "prune",
+    "slice",
+    version=1,
+    parameters=SliceParameters,
+    inputs={"model": "checkpoint"},
+    output="checkpoint",
+    paper="the end of structured LoSA, Huang et al. 2025, arXiv:2501.07668",
+    check=check_slice,
+    after=lambda parameters, facts: replace(facts, masked=True),
+)
 def slice_masked(run: Run, parameters: SliceParameters, model: Artifact) -> Artifact:
     """Width: heads and FFN channels that are wholly masked go, as far as blocks stay as wide as the widest of them."""
     from ..blocks import Change, StoredModel, run_blocks
