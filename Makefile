@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/coldpress run smollm2-branching
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: setup
 	$(BIN)/python -m pytest -m ''

@@ -128,8 +128,7 @@ def collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
             if artifact is not None:
                 found = json.loads(store.read_file(artifact, "metrics.json"))
                 values = {key: value for key, value in found.items() if not isinstance(value, list)}
-                usual = name == f"{variant}/{recipe.node(name).stage.method}"
-                row = variant if usual else name
+                row = row_of(recipe, variant, name)
                 result.metrics.setdefault(row, {}).update(values)
                 data = _measured_on(recipe.node(name), result)
                 kept = read_items(store, artifact, found)
@@ -140,6 +139,21 @@ def collect_metrics(recipe: Recipe, store: Store, result: RunResult) -> None:
                     result.generations[row] = json.loads(store.read_file(artifact, "generations.json"))
     compared = compare_all(items, {row: _references(recipe, row) for row in result.metrics})
     result.differences, result.indistinguishable = compared["differences"], compared["indistinguishable"]
+
+
+def row_of(recipe: Recipe, variant: str, evaluation: str) -> str:
+    """Where an evaluation's figures stand: with the variant's, or in a row of their own if they could have equal names.
+
+    lm-eval's figures are named by their tasks, so several evaluations stand together unless they share a task.
+    """
+    node = recipe.node(evaluation)
+    if evaluation == f"{variant}/{node.stage.method}":
+        return variant
+    if node.stage.method != "lm-eval":
+        return evaluation
+    others = [recipe.node(name) for name in recipe.evaluations[variant] if name != evaluation]
+    asked = {task for other in others if other.stage == node.stage for task in other.parameters.model_dump()["tasks"]}
+    return evaluation if asked & set(node.parameters.model_dump()["tasks"]) else variant
 
 
 def _references(recipe: Recipe, row: str) -> tuple[str, ...]:

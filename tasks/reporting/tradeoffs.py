@@ -169,9 +169,9 @@ def _label(figure: Any, axes: Any, points: Mapping[str, tuple[float, float]]) ->
     edges = (frame.x0 * to_points, frame.y0 * to_points, frame.x1 * to_points, frame.y1 * to_points)
     for label, (dx, dy) in place_labels(pixels, edges).items():
         corner = ((pixels[label][0] + dx) / to_points, (pixels[label][1] + dy) / to_points)
-        axes.text(
-            *axes.transAxes.inverted().transform(corner), label, transform=axes.transAxes, fontsize=8.5, va="bottom"
-        )
+        place = axes.transAxes.inverted().transform(corner)
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # the front's line
+        axes.text(*place, label, transform=axes.transAxes, fontsize=8.5, va="bottom", bbox=behind)
 
 
 def _together(points: Mapping[str, Sequence[float]]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from coldpress.flows import plan
 from coldpress.flows.document import Problem
 from coldpress.flows.plan import Planned, check_models, check_sources, prepare
 from coldpress.flows.recipe import RecipeError, load_recipe
+from coldpress.flows.run import row_of
 from coldpress.storage.errors import ColdpressError
 from coldpress.storage.store import Store
 from coldpress.tasks.stage import ModelFacts
@@ -385,3 +386,12 @@ def test_divergence_compares_every_variant_with_the_one_model_it_came_from(chang
 def test_lines_calibrate_nothing(change: Change) -> None:
     path = change("calibration: {source", "calibration: {unit: lines, source")
     assert "padded to one length" in " ".join(problems(path))
+
+
+def test_evaluations_of_other_tasks_stand_with_the_variant_and_those_of_the_same_apart(change: Change) -> None:
+    kv, mmlu = "kv: {method: perplexity, data: held_out}", "mmlu: {method: lm-eval, tasks: [mmlu], share: 0.5}"
+    again = "again: {method: lm-eval, tasks: [arc_easy, piqa], num_fewshot: 5}"
+    path = change("perplexity: {data: held_out}", f"lm-eval: {{tasks: [piqa]}}\n  {kv}\n  {mmlu}\n  {again}")
+    recipe = load_recipe(str(path))
+    rows = {name: row_of(recipe, "base", f"base/{name}") for name in ("lm-eval", "kv", "mmlu", "again", "size")}
+    assert rows == {"lm-eval": "base", "kv": "base/kv", "mmlu": "base", "again": "base/again", "size": "base"}
