@@ -80,7 +80,7 @@ def test_a_submitted_run_has_the_recipe_as_text_and_names_that_say_what_it_is(
 
 def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None:
     def present() -> dict[str, tuple[Any, Any]]:
-        found = [a for a in server.read_automations() if a.name.startswith("coldpress: ")]
+        found = [a for a in server.read_automations() if a.name.startswith("coldpress: a ")]  # not notifications
         return {automation.name: (automation.id, automation.trigger.within) for automation in found}
 
     prepare_server(server, "coldpress", 30)
