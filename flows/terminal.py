@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -121,15 +121,32 @@ def print_results(document: Mapping[str, Any]) -> None:
     from ..tasks.reporting.report import columns, rows
 
     run = f", run {document['run']}" if document["run"] else ""
-    table = Table(title=f"{document['recipe']}{run}", title_justify="left")
-    for column in columns(document):
-        table.add_column(column.title, justify=column.justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows(document):
-        table.add_row(*(escape(cell) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else 120)
+    titled, cells = columns(document), rows(document)
+    widths = [max(map(len, (column.title, *each))) for column, *each in zip(titled, *cells, strict=True)]
+    shown = fitting(widths, [column.optional for column in titled], console.width)
+    table = Table(title=f"{document['recipe']}{run}", title_justify="left")
+    for place in shown:
+        justify: Any = titled[place].justify
+        table.add_column(titled[place].title, justify=justify, overflow="fold")
+    for row in cells:
+        table.add_row(*(escape(row[place]) for place in shown))
     if document["variants"]:
         console.print(table)
+        if left := [column.title for place, column in enumerate(titled) if place not in shown]:
+            console.print(f"in the report also: {', '.join(left)}", highlight=False)
     states = [stage["state"] for stage in document["stages"]]
     counts = ", ".join(f"{states.count(s)} {s}" for s in MARKS if s in states)
     console.print(f"{len(states)} stages: {counts}", highlight=False)
     console.print(f"report: {document['report']}", highlight=False, soft_wrap=True)
+
+
+def fitting(widths: Sequence[int], optional: Sequence[bool], room: int) -> list[int]:
+    """Which columns are shown on `room` characters: those that always are, and of the others the first that fit too."""
+    left = room - 1 - sum(width + 3 for width, may_go in zip(widths, optional, strict=True) if not may_go)
+    shown = []
+    for place, (width, may_go) in enumerate(zip(widths, optional, strict=True)):
+        if not may_go or width + 3 <= left:
+            shown.append(place)
+            left -= width + 3 if may_go else 0
+    return shown

@@ -145,7 +145,7 @@ def test_other_budgets_are_refused(text: str) -> None:
 def test_the_summary_names_the_best_and_the_smallest(document: dict[str, Any]) -> None:
     assert summary(document, values(document)) == (
         "Of 12 variants int8 has the best perplexity, 9.03 (base: 9.03, a difference within noise); nf4 has the least "
-        "memory of the process, 601.0 MB, at 9.68."
+        "size on disk, 81.0 MB, at 9.68."
     )
     nothing = {**document, "metrics": {}}
     assert summary(nothing, values(nothing)) == "13 variants; the quality of none of them is known yet."
@@ -155,7 +155,7 @@ def test_charts_say_what_they_leave_out_and_when_hardware_differs(document: dict
     assert mixed_hardware(document) == {}
     other = deepcopy(document)
     other["metrics"]["nf4"]["hardware"] = "Another CPU"
-    memory, size, _ = fronts(other, [row for row in values(other) if row["variant"] in other["variants"]])
+    size, memory, _ = fronts(other, [row for row in values(other) if row["variant"] in other["variants"]])
     assert memory.title == "Perplexity against memory of the process"
     assert "On the front: nf4, int8" in memory.words
     assert memory.note.endswith(" Not in this chart, for want of a figure: awq4, broken, never.")
@@ -307,7 +307,7 @@ addEventListener("load", () => {
     };
     const [rising, falling] = [sorted(), sorted()];
     const input = page.querySelector("#budget input");
-    input.value = "620";
+    input.value = "82";
     input.dispatchEvent(new Event("input"));
     found[frame.width] = {
       page: page.documentElement.scrollWidth, errors: frame.contentWindow.said, rising, falling,
@@ -346,7 +346,7 @@ def test_the_page_fits_wide_and_narrow_screens_and_its_scripts_work(written: Pat
         assert at["falling"][0] == "descending"
         assert at["falling"][1][0] == "81.45"
         assert at["falling"][1][-2:] == ["-", "-"]  # what was not measured stays below
-        assert at["budget"] == "best that fits: nf4 (perplexity 9.68, 601.0 MB)"
+        assert at["budget"] == "best that fits: nf4 (perplexity 9.68, 81.0 MB)"
         assert at["panels"] == 1
 
 
