@@ -239,7 +239,11 @@ def test_an_evaluation_with_a_name_of_its_own_is_of_the_variants_that_it_names(c
     ("old", "new", "says"),
     [
         ("method: perplexity", "method: perplexty", "evaluation 'kv2': unknown method 'perplexty'; did you mean"),
-        ("method: perplexity, ", "", "unknown evaluation 'kv2'; there is "),
+        (
+            "method: perplexity, ",
+            "",
+            "unknown evaluation 'kv2'; there is divergence, latency, generations, lm-eval, perplexity, size",
+        ),
         ("variants: [base, nf4]", "variants: [bas]", "evaluation 'kv2': its variants must be a list of the recipe's"),
         ("variants: [base, nf4]", "variants: base", "evaluation 'kv2': its variants must be a list of the recipe's"),
         ("data: held_out, variants", "data: held, variants", "evaluation 'kv2' needs 'data'"),
