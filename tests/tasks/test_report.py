@@ -30,7 +30,6 @@ from coldpress.tasks.reporting.explain import dashes, loading, mixed_hardware, m
 from coldpress.tasks.reporting.page import by_prompt, markdown
 from coldpress.tasks.reporting.report import columns, rows, values, write_report
 from coldpress.tasks.reporting.tradeoffs import compression_ratios, fronts, memory_by_time, place_labels
-
 from reports import CPU, full_document
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
