@@ -237,7 +237,7 @@ def influence(run: Run, parameters: StreamParameters, model: Artifact, calibrati
 @stage(
     "statistics",
     "removal",
-    version=1,
+    version=2,
     parameters=StreamParameters,
     inputs=_CALIBRATED,
     output="statistics",
