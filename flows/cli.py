@@ -140,7 +140,7 @@ def plan(
         return
     table = Table(title=f"{checked.name} on {store.url}", title_justify="left")
     for title in ("stage", "does", "takes", "state", "artifact"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")  # names of a matrix differ at their ends
     for name, entry in planned.items():
         artifact = entry.action.artifact.short if entry.action else ""
         inputs = escape(", ".join(entry.node.inputs.values()))

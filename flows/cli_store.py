@@ -32,7 +32,7 @@ def list_refs(store_url: str | None, as_json: bool) -> None:
         return
     table = Table()
     for title in ("name", "kind", "artifact"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")  # names of a matrix differ at their ends
     table.add_column("size", justify="right")
     for name, artifact in refs:
         size = f"{store.manifest(artifact).stored_bytes() / 1e6:.1f} MB" if store.holds(artifact) else "damaged"
