@@ -27,7 +27,7 @@ from .execution import grace_seconds
 
 Say = Callable[[str], None]
 
-_SECONDS_TO_START = 120.0
+_SECONDS_TO_START = 300.0  # a loaded machine takes minutes; a server that has died is noticed at once
 _SECONDS_BETWEEN_LOOKS = 10.0
 _LONGEST_PAUSE = 60.0
 _LASTING = 60.0  # a child that lived so long has started well: the next pause is short again
