@@ -23,7 +23,7 @@ from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import compare
-from .provenance import artifact_key, provenance_markdown, resumed_from
+from .provenance import artifact_key, provenance_markdown, resumed_from, shown_if_possible
 from .recipe import Node, Recipe
 from .result import PREEMPTED, RunResult, end_state, save_record
 from .slots import Slots
@@ -77,14 +77,20 @@ class Execution:
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
+        import httpx
+
         for node in self.recipe.nodes:
             inputs = {role: futures[name] for role, name in node.inputs.items()}
             futures[node.name] = self._task(node).submit(node.name, **inputs)
         for node in self.recipe.nodes:
-            futures[node.name].wait()
+            try:
+                futures[node.name].wait()
+            except httpx.TransportError as error:  # Prefect asks its server before each task
+                self.result.cut_off = f"the Prefect server could not be reached: {error or type(error).__name__}"
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
+                why = self.result.cut_off or why
                 self.terminal.finish(node.name, "skipped", 0, why)
 
     @contextlib.contextmanager
@@ -171,6 +177,8 @@ class Execution:
             raise
         self._finish(node, action, state, time.perf_counter() - began)
         reference = list(action.artifact)
+        if state == "resumed":
+            return Completed(name="Resumed", message=resumed_from(action), data=reference)
         return Completed(name="Cached", data=reference) if state == "cached" else reference
 
     def _finish(self, node: Node, action: Action, state: str, seconds: float) -> None:
@@ -292,11 +300,12 @@ class Execution:
     def _show_artifact(self, node: Node, action: Action, state: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        create_markdown_artifact(
-            markdown=provenance_markdown(node, action, state),
-            key=artifact_key(f"{self.recipe.name}-{node.name}"),
-            description=f"{node.name} ({state})",
-        )
+        with shown_if_possible(f"the provenance of {node.name}"):
+            create_markdown_artifact(
+                markdown=provenance_markdown(node, action, state),
+                key=artifact_key(f"{self.recipe.name}-{node.name}"),
+                description=f"{node.name} ({state})",
+            )
 
 
 class _ProgressArtifact:
@@ -312,10 +321,11 @@ class _ProgressArtifact:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         self._described = text
-        if self._id is None:
-            self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
-        else:
-            update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
+        with shown_if_possible(f"the progress of {self._node}"):
+            if self._id is None:
+                self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
+            else:
+                update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
 
     def describe(self, text: str) -> None:
         """What the stage waits for; told once."""

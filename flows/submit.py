@@ -68,7 +68,7 @@ def submit(
     }
     if deadline is not None:
         parameters["deadline"] = deadline
-    tags = run_tags(recipe.name)
+    tags = run_tags(recipe.name, device)
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")

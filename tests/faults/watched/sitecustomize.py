@@ -9,6 +9,8 @@ log `$WATCHED/log` is {"event", "pid", "run", "node", "device", "key"}; events a
     published    it is written
     beaten       it was there already
 
+While there is a file `$WATCHED/hold` no stage gets past its third step.
+
 Who computes holds a lock on a file of the device and on one of the stage: the kernel frees it the moment its process
 dies, so nobody who is dead is ever counted.
 """
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from coldpress.storage.leases import Lease
     from coldpress.storage.store import Action, Store
     from coldpress.tasks.stage import Parameters, Run, Stage
+
+HELD_AT = 3  # steps done
 
 
 def watch(folder: Path, pause: float) -> None:
@@ -58,6 +62,8 @@ def watch(folder: Path, pause: float) -> None:
         def told(what: str, done: int, total: int) -> None:
             progress(what, done, total)
             time.sleep(pause)
+            while done == HELD_AT and (folder / "hold").exists():
+                time.sleep(0.1)
 
         return told
 
