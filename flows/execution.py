@@ -77,16 +77,18 @@ class Execution:
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
-        import httpx
+        from prefect import allow_failure
+        from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
         for node in self.recipe.nodes:
-            inputs = {role: futures[name] for role, name in node.inputs.items()}
+            # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
+            inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
             futures[node.name] = self._task(node).submit(node.name, **inputs)
         for node in self.recipe.nodes:
             try:
                 futures[node.name].wait()
-            except httpx.TransportError as error:  # Prefect asks its server before each task
-                self.result.cut_off = f"the Prefect server could not be reached: {error or type(error).__name__}"
+            except ConcurrencySlotAcquisitionError as error:  # Prefect asks its server before each task
+                self.result.cut_off = f"the Prefect server did not answer: {error.__cause__ or error}"
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
@@ -160,9 +162,11 @@ class Execution:
 
     def _run_node(self, stage_name: str, **inputs: Any) -> Any:
         """A task's body: look up, else compute; returns the artifact's kind and id."""
-        from prefect.states import Completed, Crashed
+        from prefect.states import Completed, Crashed, Failed
 
         node = self.recipe.node(stage_name)
+        if lacking := [node.inputs[role] for role, reference in inputs.items() if not isinstance(reference, list)]:
+            return Failed(name="Skipped", message=f"without {', '.join(dict.fromkeys(lacking))}, which did not finish")
         artifacts = {role: Artifact(*reference) for role, reference in inputs.items()}
         began = time.perf_counter()
         try:

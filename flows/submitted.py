@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort
+from prefect.exceptions import Abort, PrefectHTTPStatusError
 from prefect.states import Cancelled, Crashed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from rich.console import Console
@@ -89,7 +89,11 @@ def recipe_run(
     """
     try:
         return _attempt(text, store, recipe, folder, overrides, only, device, run, deadline)
-    except (httpx.TransportError, ServerAway) as error:  # no fault of the recipe's: it goes on when the server is back
+    except (
+        httpx.TransportError,
+        PrefectHTTPStatusError,
+        ServerAway,
+    ) as error:  # no fault of the recipe's: it goes on when the server is back
         return Crashed(message=f"the Prefect server could not be reached: {error or type(error).__name__}")
 
 

@@ -48,7 +48,7 @@ class Up:
                 stdout=output,
                 stderr=output,
             )
-        eventually(lambda: "started!" in self.log.read_text() or self.process.poll() is not None, 400)
+        eventually(lambda: "started!" in self.log.read_text() or self.process.poll() is not None, 700)
         assert self.process.poll() is None, self.log.read_text()
 
     @property

@@ -82,6 +82,15 @@ class Browser:
         self.picture("missing")
         raise AssertionError(f"the page does not say {[word for word in words if word not in text]}, but: {text}")
 
+    def click(self, label: str, *words: str) -> str:
+        """Click what has that label, and wait until the page has these words; what it says then."""
+        find = (
+            f"[...document.querySelectorAll('body *')].filter(e => e.innerText?.trim() === {json.dumps(label)}).pop()"
+        )
+        assert self.ask(f"Boolean({find})"), f"there is no {label} to click"
+        self.ask(f"{find}.click()")
+        return self.read(*words)
+
     def picture(self, name: str) -> Path:
         """A PNG of what is to be seen."""
         path = self._folder / f"{name}.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
 from coldpress.tasks.stage import Preempted, Run, compute
 
-from tests.faults.runs import environment, start
+from tests.faults.runs import environment, kill_all, start
+from tests.faults.watched.sitecustomize import HELD_AT
 from tests.flows.browser import CHROMIUM, Browser
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
@@ -38,6 +40,7 @@ evaluate:
   other: {{method: perplexity, data: too_short, variants: [base]}}
 """
 BLOCKS = 6
+WATCHED = Path(__file__).parent.parent / "faults" / "watched"
 
 
 @pytest.fixture(scope="module")
@@ -104,46 +107,72 @@ def leave_begun(recipe: Path, store: Store) -> None:
         compute(run, node.stage, node.parameters, {role: made[name] for role, name in node.inputs.items()})
 
 
-def test_the_dashboard_shows_what_a_run_does_and_did(
-    server: str, browser: Browser, recipe: Path, tmp_path: Path
-) -> None:
-    store = tmp_path / "store"
-    leave_begun(recipe, Store(str(store)))
+@pytest.fixture
+def held(server: str, recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`coldpress run` on that server, held in the middle of the resumed stage while there is a file `hold`."""
+    leave_begun(recipe, Store(str(tmp_path / "store")))
+    (tmp_path / "hold").touch()
+    watched = {"PYTHONPATH": str(WATCHED), "WATCHED": str(tmp_path), "WATCHED_PAUSE": "0.5"}
+    process = start(recipe, str(tmp_path / "store"), "--device", "cpu", PREFECT_API_URL=f"{server}/api", **watched)
+    yield process
+    if process.poll() is None:
+        kill_all(process)
 
+
+def test_the_dashboard_shows_what_a_run_does_and_did(
+    server: str, browser: Browser, held: subprocess.Popen[str], tmp_path: Path
+) -> None:
     def ask(path: str, **query: Any) -> Any:
         return httpx.post(f"{server}/api{path}", json=query, timeout=60).raise_for_status().json()
 
-    (tmp_path / "hold").touch()
-    watched = {"PYTHONPATH": str(Path(__file__).parent.parent / "faults" / "watched"), "WATCHED": str(tmp_path)}
-    process = start(
-        recipe, str(store), "--device", "cpu", PREFECT_API_URL=f"{server}/api", WATCHED_PAUSE="0.2", **watched
-    )
-    deadline = time.monotonic() + 200
-    while not (found := ask("/artifacts/filter", artifacts={"type": {"any_": ["progress"]}})) or found[0]["data"] < 40:
+    def progress() -> dict[str, float]:
+        found = ask("/artifacts/filter", artifacts={"type": {"any_": ["progress"]}})
+        return {entry["description"]: entry["data"] for entry in found}
+
+    deadline = time.monotonic() + 300
+    while max(progress().values(), default=0) < 100 * HELD_AT / BLOCKS:
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
+        assert held.poll() is None, held.communicate()
         time.sleep(0.3)
     (run,) = ask("/flow_runs/filter")
     page = f"{server}/runs/flow-run/{run['id']}"
-    for n, tab in enumerate(["", "?tab=Task+Runs", "?tab=Artifacts", "?tab=Details"]):
-        print(tab, browser.open(page + tab, "seen"))
-        time.sleep(8)
-        print(browser.ask("document.body.innerText"))
-        browser.picture(f"running{n}")
+
+    # While it computes: what it is, whose and for what device; how far the stage is and how long it will take.
+    browser.open(page, "Running", "recipe:seen", "user:", "device:cpu", "Cached")
+    browser.picture("running")
+    shown = browser.click("Artifacts", "seen-pruned-progress", "seen-base")
+    browser.picture("running-artifacts")
+    (doing,) = progress()
+    assert re.fullmatch(rf"pruned: pruning {HELD_AT}/{BLOCKS}, \d+ s left", doing)
+    assert doing in shown
+
     (tmp_path / "hold").unlink()
-    print(process.communicate(timeout=300))
-    for n, tab in enumerate(["", "?tab=Task+Runs", "?tab=Artifacts", "?tab=Details", "?tab=Parameters"]):
-        print(tab, browser.open(page + tab, "seen"))
-        time.sleep(8)
-        print(browser.ask("document.body.innerText"))
-        browser.picture(f"ended{n}")
-    tasks = ask("/task_runs/filter")
-    for task in tasks:
-        print(task["name"], task["state_name"], task["state"]["message"], task["tags"])
-    pruned = next(t for t in tasks if t["name"] == "pruned")
-    for n, tab in enumerate(["", "?tab=Artifacts"]):
-        print(tab, browser.open(f"{server}/runs/task-run/{pruned['id']}{tab}", "pruned"))
-        time.sleep(8)
-        print(browser.ask("document.body.innerText"))
-        browser.picture(f"task{n}")
-    assert 0
+    held.communicate(timeout=300)
+    assert held.returncode == 1  # one of its stages fails
+
+    # When it has ended: how each stage did, and the report.
+    browser.open(page, "Failed", "2 of 11 stages did not finish: too_short, base/other")
+    browser.picture("ended")
+    shown = browser.click("Task Runs", "too_short", "gptq/perplexity")
+    browser.picture("ended-stages")
+    for state in ("Cached", "Resumed", "Completed", "Failed", "Skipped"):
+        assert state in shown
+    browser.click("Artifacts", "seen-report", "report of seen", "pruned (resumed)", "gptq (computed)", "base (cached)")
+    browser.picture("ended-artifacts")
+    graph = httpx.get(f"{server}/api/flow_runs/{run['id']}/graph-v2", timeout=60).json()
+    drawn = {node["label"]: node["state_type"] for _, node in graph["nodes"]}
+    assert drawn["pruned"] == drawn["gptq"] == "COMPLETED"  # the graph itself is a picture, without words in the page
+    assert drawn["too_short"] == "FAILED"
+
+    # One stage: where it went on, and where its result came from.
+    (pruned,) = ask("/task_runs/filter", task_runs={"name": {"any_": ["pruned"]}})
+    browser.open(f"{server}/runs/task-run/{pruned['id']}", "pruned", "Resumed", "prune")
+    browser.picture("stage")
+    browser.click("Artifacts", "seen-pruned")
+    browser.picture("stage-artifacts")
+    (artifact,) = ask("/artifacts/filter", artifacts={"key": {"any_": ["seen-pruned"]}})
+    browser.open(f"{server}/artifacts/artifact/{artifact['id']}", "prune/wanda", "from block", f"of {BLOCKS}", "cpu on")
+    browser.picture("provenance")
+    (report,) = ask("/artifacts/filter", artifacts={"key": {"any_": ["seen-report"]}})
+    browser.open(f"{server}/artifacts/artifact/{report['id']}", "perplexity", "gptq", "what failed")
+    browser.picture("report")

@@ -192,9 +192,11 @@ def test_a_server_that_goes_away_costs_what_the_dashboard_shows_and_no_stage(
 def test_stages_that_could_not_begin_without_the_server_are_interrupted_and_have_not_failed(
     run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+
     @contextlib.contextmanager
     def away(*arguments: Any, **named: Any) -> Iterator[None]:
-        raise httpx.ConnectError("All connection attempts failed")
+        raise ConcurrencySlotAcquisitionError("no slots") from httpx.ConnectError("All connection attempts failed")
         yield
 
     with monkeypatch.context() as patch:
