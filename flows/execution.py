@@ -23,7 +23,7 @@ from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .plan import compare
-from .provenance import artifact_key, provenance_markdown, resumed_from
+from .provenance import artifact_key, provenance_markdown, resumed_from, shown_if_possible
 from .recipe import Node, Recipe
 from .result import PREEMPTED, RunResult, end_state, save_record
 from .slots import Slots
@@ -77,14 +77,22 @@ class Execution:
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
+        from prefect import allow_failure
+        from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+
         for node in self.recipe.nodes:
-            inputs = {role: futures[name] for role, name in node.inputs.items()}
+            # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
+            inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
             futures[node.name] = self._task(node).submit(node.name, **inputs)
         for node in self.recipe.nodes:
-            futures[node.name].wait()
+            try:
+                futures[node.name].wait()
+            except ConcurrencySlotAcquisitionError as error:  # Prefect asks its server before each task
+                self.result.cut_off = f"the Prefect server did not answer: {error.__cause__ or error}"
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
+                why = self.result.cut_off or why
                 self.terminal.finish(node.name, "skipped", 0, why)
 
     @contextlib.contextmanager
@@ -154,9 +162,11 @@ class Execution:
 
     def _run_node(self, stage_name: str, **inputs: Any) -> Any:
         """A task's body: look up, else compute; returns the artifact's kind and id."""
-        from prefect.states import Completed, Crashed
+        from prefect.states import Completed, Crashed, Failed
 
         node = self.recipe.node(stage_name)
+        if lacking := [node.inputs[role] for role, reference in inputs.items() if not isinstance(reference, list)]:
+            return Failed(name="Skipped", message=f"without {', '.join(dict.fromkeys(lacking))}, which did not finish")
         artifacts = {role: Artifact(*reference) for role, reference in inputs.items()}
         began = time.perf_counter()
         try:
@@ -171,6 +181,8 @@ class Execution:
             raise
         self._finish(node, action, state, time.perf_counter() - began)
         reference = list(action.artifact)
+        if state == "resumed":
+            return Completed(name="Resumed", message=resumed_from(action), data=reference)
         return Completed(name="Cached", data=reference) if state == "cached" else reference
 
     def _finish(self, node: Node, action: Action, state: str, seconds: float) -> None:
@@ -292,11 +304,12 @@ class Execution:
     def _show_artifact(self, node: Node, action: Action, state: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        create_markdown_artifact(
-            markdown=provenance_markdown(node, action, state),
-            key=artifact_key(f"{self.recipe.name}-{node.name}"),
-            description=f"{node.name} ({state})",
-        )
+        with shown_if_possible(f"the provenance of {node.name}"):
+            create_markdown_artifact(
+                markdown=provenance_markdown(node, action, state),
+                key=artifact_key(f"{self.recipe.name}-{node.name}"),
+                description=f"{node.name} ({state})",
+            )
 
 
 class _ProgressArtifact:
@@ -312,10 +325,11 @@ class _ProgressArtifact:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         self._described = text
-        if self._id is None:
-            self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
-        else:
-            update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
+        with shown_if_possible(f"the progress of {self._node}"):
+            if self._id is None:
+                self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
+            else:
+                update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
 
     def describe(self, text: str) -> None:
         """What the stage waits for; told once."""

@@ -12,6 +12,10 @@ from pathlib import Path
 from ..storage.errors import ColdpressError
 
 
+class ServerAway(ColdpressError):
+    """Prefect's server does not answer."""
+
+
 def server_configured() -> bool:
     """Whether PREFECT_API_URL is set, in the environment or in Prefect's active profile. Does not import Prefect."""
     if os.environ.get("PREFECT_API_URL"):
@@ -43,7 +47,7 @@ def configure_prefect() -> None:
 
 
 def reach_server() -> None:
-    """Raises ColdpressError when Prefect's server doesn't answer, or its temporary one doesn't start."""
+    """Raises ServerAway when Prefect's server doesn't answer, ColdpressError when it refuses or none can be started."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
@@ -61,5 +65,5 @@ def reach_server() -> None:
     except (httpx.HTTPError, RuntimeError) as error:
         if url := PREFECT_API_URL.value():
             advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
-            raise ColdpressError(f"the Prefect server at {url} does not answer; {advice}") from error
+            raise ServerAway(f"the Prefect server at {url} does not answer; {advice}") from error
         raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error

@@ -1,12 +1,32 @@
-"""What a person reads of stages and runs on the dashboard: provenance, and the report."""
+"""What a person reads of stages and runs on the dashboard: provenance, and the report.
+
+The dashboard is for looking: that its server is away, or restarted, is logged and fails nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 
 from ..storage.store import Action
 from .recipe import Node
 from .result import RunResult
+
+logger = logging.getLogger("coldpress")
+
+
+@contextlib.contextmanager
+def shown_if_possible(what: str) -> Iterator[None]:
+    """Around a call that puts something on the dashboard: a warning when its server can't be reached."""
+    import httpx
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        yield
+    except (httpx.HTTPError, ObjectNotFound) as error:
+        logger.warning("%s is not on the dashboard: %s", what, error or type(error).__name__)
 
 
 def provenance_markdown(node: Node, action: Action, state: str) -> str:
@@ -55,11 +75,12 @@ def show_report(result: RunResult) -> None:
     from ..tasks.reporting.page import markdown
 
     ending = f"run `{result.run}`, attempt {result.attempt}, store `{result.store}`"
-    create_markdown_artifact(
-        markdown=f"{markdown(result.to_json())}\n{ending}",
-        key=artifact_key(f"{result.recipe}-report"),
-        description=f"report of {result.recipe}",
-    )
+    with shown_if_possible("the report"):
+        create_markdown_artifact(
+            markdown=f"{markdown(result.to_json())}\n{ending}",
+            key=artifact_key(f"{result.recipe}-report"),
+            description=f"report of {result.recipe}",
+        )
 
 
 def artifact_key(text: str) -> str:

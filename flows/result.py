@@ -60,6 +60,7 @@ class StageResult:
 @dataclass
 class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
+    cut_off: why Prefect could not even begin a stage, if so.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.
@@ -79,6 +80,7 @@ class RunResult:
     stopped_by: int | None = None
     attempt: int = 1
     out_of_time: bool = False
+    cut_off: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -147,6 +149,9 @@ def end_state(result: RunResult) -> State[Any]:
     left = [name for name, entry in result.stages.items() if entry.state not in DONE]
     if left and result.stopped_by is not None:
         return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
+    failed = any(entry.state == "failed" for entry in result.stages.values())
+    if left and result.cut_off is not None and not failed:
+        return Crashed(message=f"{result.cut_off}; to be done: {', '.join(left)}")
     if left:
         return Failed(message=f"{len(left)} of {len(result.stages)} stages did not finish: {', '.join(left)}")
     return Completed(message="all stages finished")

@@ -49,13 +49,13 @@ def new_run_id() -> str:
     return f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def run_tags(recipe: str) -> list[str]:
-    """By what a run is found on the dashboard: that it is ours, its recipe, and who asked for it."""
+def run_tags(recipe: str, device: str) -> list[str]:
+    """By what a run is found on the dashboard: that it is ours, its recipe, who asked for it, and for what device."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         user = str(os.getuid())
-    return [RUN_TAG, f"recipe:{recipe}", f"user:{user}"]
+    return [RUN_TAG, f"recipe:{recipe}", f"user:{user}", f"device:{device}"]
 
 
 def run_recipe(
@@ -220,7 +220,7 @@ def _run_on_prefect(
         )(_with_report(execution, recipe, store, result))
         # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
         settings = {} if computes else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-        with temporary_settings(settings), prefect.tags(*run_tags(recipe.name)):
+        with temporary_settings(settings), prefect.tags(*run_tags(recipe.name, device)):
             flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
     finally:
         shared.kill()

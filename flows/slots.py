@@ -108,7 +108,11 @@ class Slots:
                 self._end_worker(slot)
                 raise DeviceLost(f"device {slot.device} went to another run; trying again") from error
             raise
-        except WorkerDied:
+        except ColdpressError as error:
+            if isinstance(error, WorkerDied):
+                self._end_worker(slot)
+            raise
+        except BaseException:  # not the stage's end: its process may go on, and the next stage would get its answer
             self._end_worker(slot)
             raise
         finally:

@@ -52,7 +52,7 @@ class RunStatus:
     @property
     def done(self) -> int:
         """How many stages have their result."""
-        return sum(stage.state in ("Completed", "Cached") for stage in self.stages)
+        return sum(stage.state in ("Completed", "Cached", "Resumed") for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """As `status --json` shows it."""

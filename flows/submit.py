@@ -52,7 +52,7 @@ def submit(
     configure_prefect()
     reach_server()
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
     from prefect.utilities.urls import url_for
 
     run = new_run_id()
@@ -68,7 +68,7 @@ def submit(
     }
     if deadline is not None:
         parameters["deadline"] = deadline
-    tags = run_tags(recipe.name)
+    tags = run_tags(recipe.name, device)
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")
@@ -82,9 +82,19 @@ def submit(
         if cron is not None:
             del parameters["run"]  # each has its own
             return schedule(client, deployment, recipe.name, cron, parameters, tags, queue)
-        flow_run = client.create_flow_run_from_deployment(
-            deployment.id, parameters=parameters, name=f"{recipe.name} {run}", tags=tags, work_queue_name=queue
-        )
+        try:
+            flow_run = client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters=parameters,
+                name=f"{recipe.name} {run}",
+                tags=tags,
+                work_queue_name=queue,
+                idempotency_key=run,  # the client asks again when an answer was lost
+            )
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 503:
+                raise
+            raise ColdpressError("the Prefect server is too busy to take the run; submit it again") from error
     return Submitted(run, flow_run.id, url_for(flow_run))
 
 

@@ -16,6 +16,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
+import httpx
 import prefect
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -27,7 +28,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort
+from prefect.exceptions import Abort, PrefectHTTPStatusError
 from prefect.states import Cancelled, Crashed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from rich.console import Console
@@ -37,6 +38,7 @@ from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from .deployment import FLOW, MAX_ATTEMPTS
 from .execution import grace_seconds
+from .prefect_server import ServerAway
 from .provenance import show_report
 from .recipe import parse_recipe
 from .result import DONE, end_state
@@ -85,6 +87,27 @@ def recipe_run(
     store: an absolute folder or an fsspec URL. run: the run's id; without one the flow run's own.
     deadline: seconds since its first attempt began; then it is cancelled, its work kept.
     """
+    try:
+        return _attempt(text, store, recipe, folder, overrides, only, device, run, deadline)
+    except (
+        httpx.TransportError,
+        PrefectHTTPStatusError,
+        ServerAway,
+    ) as error:  # no fault of the recipe's: it goes on when the server is back
+        return Crashed(message=f"the Prefect server could not be reached: {error or type(error).__name__}")
+
+
+def _attempt(
+    text: str,
+    store: str,
+    recipe: str,
+    folder: str,
+    overrides: list[str],
+    only: list[str],
+    device: str,
+    run: str,
+    deadline: float | None,
+) -> State[Any]:
     flow_run = _present_flow_run()
     cap = max_attempts()
     if flow_run.run_count > cap:

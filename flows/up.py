@@ -27,7 +27,7 @@ from .execution import grace_seconds
 
 Say = Callable[[str], None]
 
-_SECONDS_TO_START = 120.0
+_SECONDS_TO_START = 600.0  # a loaded machine takes minutes; a server that has died is noticed at once
 _SECONDS_BETWEEN_LOOKS = 10.0
 _LONGEST_PAUSE = 60.0
 _LASTING = 60.0  # a child that lived so long has started well: the next pause is short again
@@ -193,6 +193,8 @@ def _settings(api: str, options: Options) -> Mapping[str, str]:
         # Kept in memory, they would be lost, and slots with them, when the server is started again.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # Else the dashboard calls the API at an address that may be good on this machine only.
+        "PREFECT_UI_API_URL": "/api",
     }
     if options.own_server and (secret := os.environ.get("PREFECT_SERVER_API_AUTH_STRING")):
         defaults["PREFECT_API_AUTH_STRING"] = secret  # its own worker may come in

@@ -2,113 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from coldpress.storage.artifacts import Artifact
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
-from runs import committed, environment
-
-COLDPRESS = [sys.executable, "-m", "coldpress.flows.cli"]
-
-
-class Up:
-    """`coldpress up` with a PREFECT_HOME of its own, and what one does to it."""
-
-    def __init__(self, folder: Path, **settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.log = folder, folder / "up.log"
-        self.environment = environment(str(folder), **settings)
-        self.start()
-
-    def start(self) -> None:
-        """Returns when it takes runs."""
-        with self.log.open("w") as output:
-            self.process = psutil.Popen(
-                [*COLDPRESS, "up", "--port", str(self.port)],
-                cwd=self.folder,
-                env=self.environment,
-                stdout=output,
-                stderr=output,
-            )
-        eventually(lambda: "started!" in self.log.read_text() or self.process.poll() is not None, 60)
-        assert self.process.poll() is None, self.log.read_text()
-
-    @property
-    def environment_of_client(self) -> dict[str, str]:
-        return {**self.environment, "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api"}
-
-    def processes(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
-
-    def those_that_run(self, words: str) -> list[psutil.Process]:
-        """The processes whose command line has the words."""
-        found = []
-        for process in self.process.children(recursive=True):
-            try:
-                if words in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def submit(self, recipe: Path, *options: str) -> str:
-        """The flow run's id."""
-        said = subprocess.run(
-            [*COLDPRESS, "submit", str(recipe), *options],
-            cwd=recipe.parent,
-            env=self.environment_of_client,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert said.returncode == 0, said.stderr
-        found = re.search(r"on the server (\S+)", said.stdout)
-        assert found is not None
-        return found[1]
-
-    def ask(self, method: str, path: str, **document: Any) -> Any:
-        import httpx
-
-        address = f"http://127.0.0.1:{self.port}/api{path}"
-        return httpx.request(method, address, json=document or None, timeout=30).raise_for_status().json()
-
-    def state(self, run: str) -> str:
-        return str(self.ask("GET", f"/flow_runs/{run}")["state_name"])
-
-    def states(self, run: str) -> list[str]:
-        """The names of all states the run has been in."""
-        found = self.ask("GET", f"/flow_run_states/?flow_run_id={run}")
-        return [state["name"] for state in sorted(found, key=lambda state: str(state["timestamp"]))]
-
-    def task_runs(self, run: str) -> list[tuple[str, str]]:
-        """(stage, state) of each task run, in the order in which they began."""
-        query = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 200}
-        return [(entry["name"], entry["state_name"]) for entry in self.ask("POST", "/task_runs/filter", **query)]
-
-
-def eventually(condition: Callable[[], bool], seconds: float, pause: float = 0.05) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(pause)
-
-
-def gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return not alive
+from runs import committed
+from up_process import Up, end, eventually, gone, ids, undisturbed_ids
 
 
 @pytest.fixture(scope="module")
@@ -127,39 +31,11 @@ def up(shared: Up) -> Up:
     return shared
 
 
-def end(up: Up) -> None:
-    started = up.processes()
-    up.process.send_signal(signal.SIGTERM)
-    try:
-        assert gone(started, 60), [process for process in started if process.is_running()]
-    finally:
-        for process in started:
-            if process.is_running():
-                process.kill()
-
-
 def mid_stage(up: Up, store: Path, node: str = "pruned", blocks: int = 3) -> psutil.Process:
     """Waits until the stage has done so many blocks; returns the flow's process."""
     eventually(lambda: committed(str(store), node) >= blocks, 120, pause=0.002)
     (engine,) = up.those_that_run("prefect.engine")
     return engine
-
-
-def ids(store: Path) -> dict[str, str]:
-    return {name: artifact.id for name, artifact in Store(str(store)).refs().items()}
-
-
-def undisturbed_ids(recipe: Path, folder: Path) -> dict[str, str]:
-    """What the recipe's stages give when nothing comes between."""
-    from coldpress.flows.recipe import load_recipe
-    from coldpress.tasks.stage import Run, compute
-
-    checked, run = load_recipe(str(recipe)), Run(Store(str(folder / "undisturbed")))
-    made: dict[str, Artifact] = {}
-    for node in checked.nodes:
-        inputs = {role: made[name] for role, name in node.inputs.items()}
-        made[node.name] = compute(run, node.stage, node.parameters, inputs).artifact
-    return {f"{checked.name}/{name}": artifact.id for name, artifact in made.items()}
 
 
 def test_a_killed_flow_goes_on_from_its_journal_without_a_hand_and_ends_in_the_same_artifacts(
@@ -181,7 +57,7 @@ def test_a_killed_flow_goes_on_from_its_journal_without_a_hand_and_ends_in_the_s
     eventually(lambda: ("gptq", "Completed") in up.task_runs(run), 20)
     assert up.task_runs(run) == [
         *[("base", "Completed"), ("calibration", "Completed"), ("pruned", "Crashed")],
-        *[("base", "Cached"), ("calibration", "Cached"), ("pruned", "Completed"), ("gptq", "Completed")],
+        *[("base", "Cached"), ("calibration", "Cached"), ("pruned", "Resumed"), ("gptq", "Completed")],
     ]
     (record,) = Store(str(tmp_path / "killed")).runs().values()
     assert {stage["name"]: stage["state"] for stage in record["stages"]}["pruned"] == "resumed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,14 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from coldpress.flows.prefect_server import server_configured
 from coldpress.flows.recipe import load_recipe
-from coldpress.flows.result import RunResult
+from coldpress.flows.result import RunResult, end_state
 from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
@@ -174,6 +176,37 @@ def test_an_adapter_is_measured_with_the_checkpoint_it_belongs_to(
     assert abs(compensated - dense) < abs(without - dense)
     assert metrics["back"]["bits_per_weight"] > metrics["nf4"]["bits_per_weight"]
     assert metrics["back"]["sparsity"] == metrics["nf4"]["sparsity"]
+
+
+def test_a_server_that_goes_away_costs_what_the_dashboard_shows_and_no_stage(
+    run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: Any, **named: Any) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    for name in ("create_progress_artifact", "update_progress_artifact", "create_markdown_artifact"):
+        monkeypatch.setattr(f"prefect.artifacts.{name}", away)
+    assert set(states(run(memory)).values()) == {"computed"}
+
+
+def test_stages_that_could_not_begin_without_the_server_are_interrupted_and_have_not_failed(
+    run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+
+    @contextlib.contextmanager
+    def away(*arguments: Any, **named: Any) -> Iterator[None]:
+        raise ConcurrencySlotAcquisitionError("no slots") from httpx.ConnectError("All connection attempts failed")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefect.task_engine._concurrency", away)  # asked before each task
+        cut_off = run(memory)
+    assert set(states(cut_off).values()) == {"skipped"}
+    ending = end_state(cut_off)
+    assert ending.is_crashed()
+    assert "All connection attempts failed" in str(ending.message)
+    assert end_state(run(memory)).is_completed()
 
 
 def test_a_failed_branch_leaves_the_others_running(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,17 @@ def test_a_process_that_died_is_replaced_and_its_slot_stays() -> None:
         assert again is not place
 
 
+def test_a_process_that_was_left_in_the_middle_of_a_stage_is_ended_lest_the_next_one_gets_its_answer() -> None:
+    slots = Slots(Place, 1)
+    with pytest.raises(KeyError), slots.taken(COMPUTES, silent) as place:
+        raise KeyError("of the run's own")
+    assert place.dead  # type: ignore[union-attr]
+    with pytest.raises(ColdpressError), slots.taken(COMPUTES, silent) as again:
+        raise ColdpressError("what the stage answered")
+    assert again is not place
+    assert not again.dead  # type: ignore[union-attr]
+
+
 def test_stopping_frees_who_waits_and_asks_who_computes() -> None:
     slots = Slots(Place, 1)
     ended: list[BaseException] = []

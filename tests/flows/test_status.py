@@ -64,7 +64,7 @@ def test_a_waiting_run_shows_its_recipe_its_user_and_its_pool(client: Any, send:
     (found,) = statuses(client, sent.run)
     assert (found.run, found.id, found.recipe, found.pool) == (sent.run, str(sent.id), "tiny", "coldpress")
     assert (found.state, found.attempts, found.stages) == ("Scheduled", 0, [])
-    assert f"user:{found.user}" in run_tags("tiny")
+    assert f"user:{found.user}" in run_tags("tiny", "cpu")
     assert sent.run in [entry.run for entry in statuses(client)]
 
 
@@ -96,7 +96,7 @@ def test_status_shows_what_each_stage_does_or_waits_for(client: Any) -> None:
     def tiny() -> None:
         work(str(prefect.runtime.flow_run.id))
 
-    with prefect.tags(*run_tags("tiny")):
+    with prefect.tags(*run_tags("tiny", "cpu")):
         tiny()
     assert seen[-1].run == "20991231T000000-status"
     assert seen[-1].pool is None
@@ -126,7 +126,7 @@ def test_a_run_that_was_not_submitted_or_is_not_there_can_not_be_cancelled(clien
         with pytest.raises(ColdpressError, match="was not submitted: end it with Ctrl-C"):
             cancel(client, "20991230T000000")
 
-    with prefect.tags(*run_tags("tiny")):
+    with prefect.tags(*run_tags("tiny", "cpu")):
         tiny()
     with pytest.raises(ColdpressError, match="no run 'nonesuch' among the last 200"):
         cancel(client, "nonesuch")

@@ -7,10 +7,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 from coldpress.flows.cli import main
 from coldpress.flows.deployment import automations, prepare_server
+from coldpress.flows.prefect_server import ServerAway
 from coldpress.flows.recipe import find_recipe, load_recipe, parse_recipe
 from coldpress.flows.submit import submit
 from coldpress.storage.errors import ColdpressError
@@ -76,6 +78,22 @@ def test_a_submitted_run_has_the_recipe_as_text_and_names_that_say_what_it_is(
     assert flow_run.parameters["store"] == store.url
     assert os.path.isabs(flow_run.parameters["store"])
     assert flow_run.parameters["overrides"] == overrides
+
+
+def test_an_attempt_that_can_not_reach_the_server_has_crashed_and_will_be_scheduled_again(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coldpress.flows import submitted
+
+    for error in (httpx.ConnectError("refused"), ServerAway("the Prefect server does not answer")):
+
+        def away(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(submitted, "_present_flow_run", away)
+        state = submitted.recipe_run.fn(tiny_recipe.read_text(), "store")
+        assert state.is_crashed()
+        assert str(error) in str(state.message)
 
 
 def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None:
