@@ -13,6 +13,7 @@ import click
 from ..storage.errors import ColdpressError
 from .command import (
     answers_errors,
+    budget_option,
     deadline_option,
     device_option,
     devices_option,
@@ -81,6 +82,7 @@ def up_command(
     help="Which of a pool's waiting runs a worker takes first.",
 )
 @deadline_option
+@budget_option
 @click.option("--cron", metavar="'0 3 * * *'", help="Run it at these times (UTC) rather than once.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit as `run` would.")
 @report_option
@@ -94,6 +96,7 @@ def submit_command(
     device: str,
     priority: str,
     deadline: float | None,
+    budget: float | None,
     cron: str | None,
     wait: bool,
     report_folder: str | None,
@@ -114,6 +117,7 @@ def submit_command(
         device=device,
         priority=priority,
         deadline=deadline,
+        budget=budget,
         cron=cron,
     )
     click.echo(f"{'schedule' if cron else 'run'} {submitted.run}, on the server {submitted.id}")

@@ -33,11 +33,12 @@ def submit(
     device: str,
     priority: str = NORMAL,
     deadline: float | None = None,
+    budget: float | None = None,
     cron: str | None = None,
 ) -> Submitted:
     """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError.
 
-    cron: make a schedule for it instead of a run; the id is then the deployment's. deadline: in seconds.
+    cron: make a schedule for it instead of a run; the id is then the deployment's. deadline, budget: in seconds.
     """
     path, text, folder = find_recipe(name)
     recipe = parse_recipe(path, text, folder, overrides)
@@ -66,8 +67,8 @@ def submit(
         "device": device,
         "run": run,
     }
-    if deadline is not None:
-        parameters["deadline"] = deadline
+    limits = {"deadline": deadline, "budget": budget}
+    parameters |= {name: limit for name, limit in limits.items() if limit is not None}
     tags = run_tags(recipe.name)
     with get_client(sync_client=True) as client:
         try:

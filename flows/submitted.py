@@ -39,7 +39,7 @@ from .deployment import FLOW, MAX_ATTEMPTS
 from .execution import grace_seconds
 from .provenance import show_report
 from .recipe import parse_recipe
-from .result import DONE, end_state
+from .result import end_state
 from .run import Attempt, run_recipe
 from .slots import check_devices
 from .terminal import Terminal
@@ -79,11 +79,13 @@ def recipe_run(
     device: str = "auto",
     run: str = "",
     deadline: float | None = None,
+    budget: float | None = None,
 ) -> State[Any]:
     """Run a recipe. text: its YAML. recipe: how it is called in errors. folder: where its relative paths begin.
 
     store: an absolute folder or an fsspec URL. run: the run's id; without one the flow run's own.
     deadline: seconds since its first attempt began; then it is cancelled, its work kept.
+    budget: seconds of device time, of all its attempts; then likewise.
     """
     flow_run = _present_flow_run()
     cap = max_attempts()
@@ -97,7 +99,7 @@ def recipe_run(
     checked = parse_recipe(recipe, text, folder, overrides)
     if only:
         checked = checked.only(only)
-    attempt = Attempt(run or str(flow_run.id), flow_run.run_count)
+    attempt = Attempt(run or str(flow_run.id), flow_run.run_count, scheduled=not run)
     _end_when_orphaned()
     devices, slots = worker_slots()
     result = run_recipe(
@@ -108,14 +110,15 @@ def recipe_run(
         slots=slots,
         devices=devices,
         seconds=left,
+        budget=budget,
         within=attempt,
     )
     show_report(result)
-    if result.out_of_time and any(entry.state not in DONE for entry in result.stages.values()):
+    if result.out_of_time and result.unfinished:
         _end_quietly(_out_of_time(deadline))
     if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]
         _end_quietly(Cancelled(message="cancelled; all finished work is kept"))
-    elif result.stopped_by is not None:
+    elif result.stopped_by is not None or (result.out_of_budget and result.unfinished):
         _end_quietly(end_state(result))
     return end_state(result)
 
