@@ -62,17 +62,18 @@ def status_command(run: str | None, store_url: str | None, limit: int, as_json: 
 
 
 def _print(table: Any) -> None:
-    from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    shown = Table(
+        title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
+    )
     for place, column in enumerate(table.columns):
         shown.add_column(column, no_wrap=place == 0, overflow="fold")
     for row in table.rows:
         shown.add_row(*(escape(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 100).print(shown)
+    Console(width=None if sys.stdout.isatty() else 100).print(shown, "")
 
 
 @click.command("cancel")

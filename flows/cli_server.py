@@ -56,10 +56,13 @@ def up_command(
     slots: int | None,
 ) -> None:
     """Start a Prefect server, a work pool and a worker; recipes sent with `submit` survive crashes."""
+    from ..tasks.hardware import absent_gpus
     from .slots import check_devices
     from .up import Options, up
 
-    check_devices(devices, slots)
+    named, _ = check_devices(devices, slots)
+    if absent := absent_gpus(named):
+        click.echo(f"warning: no GPU {', '.join(absent)} here; runs need `submit --device cpu`", err=True)
     if devices:
         os.environ["COLDPRESS_DEVICES"] = devices  # for the runs that its worker starts
     if slots:
@@ -102,6 +105,7 @@ def submit_command(
     report_folder: str | None,
 ) -> None:
     """Send RECIPE to the server at PREFECT_API_URL, where a worker runs it, again if need be."""
+    from .overview import starts_worker
     from .submit import follow, record_of, submit
 
     if cron and wait:
@@ -123,6 +127,8 @@ def submit_command(
     click.echo(f"{'schedule' if cron else 'run'} {submitted.run}, on the server {submitted.id}")
     if submitted.url:
         click.echo(submitted.url)
+    if submitted.idle:
+        click.echo(f"nothing starts it yet: pool {pool} has no worker; {starts_worker(pool)}", err=True)
     if not wait:
         return
     try:

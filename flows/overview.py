@@ -106,7 +106,7 @@ class Overview:
             yield f"store {store.url}: {store.bytes / 1e6:.1f} MB{free}"
 
     def _runs(self) -> Table:
-        columns = ("run", "recipe", "user", "pool", "state", "done", "moved", "interrupted")
+        columns = ("run", "recipe", "user", "pool", "state", "done", "moved", "stopped")
         return Table("runs", columns, [self._run(run) for run in self.runs])
 
     def _run(self, run: RunStatus) -> tuple[str, ...]:

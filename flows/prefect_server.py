@@ -60,6 +60,6 @@ def reach_server() -> None:
         ) from error
     except (httpx.HTTPError, RuntimeError) as error:
         if url := PREFECT_API_URL.value():
-            advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
+            advice = "start it there (`coldpress up`), or unset PREFECT_API_URL and `coldpress run` works without one"
             raise ColdpressError(f"the Prefect server at {url} does not answer; {advice}") from error
         raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error

@@ -26,7 +26,7 @@ from .prefect_server import configure_prefect, reach_server, server_configured
 from .provenance import show_report
 from .recipe import Node, Recipe
 from .result import RunResult, read_items, save_record
-from .slots import Slots
+from .slots import Slots, check_present
 from .terminal import Terminal
 from .worker import InProcess, Worker
 
@@ -84,13 +84,12 @@ def run_recipe(
     """
     if devices and store.url.startswith("memory://"):
         raise ColdpressError("only one process sees a memory:// store; --devices needs a folder or a URL")
+    if devices and device != "cpu":
+        check_present(devices)
     plan = prepare(recipe, store, device)
     check_disk(plan, store)
     attempt = within or Attempt(new_run_id(), 1)
-    result = RunResult(attempt.run, recipe.name, store.url, recipe.variants, attempt=attempt.number)
-    for planned in plan.values():
-        result.record(planned.node, "pending", planned.action)
-    save_record(recipe, store, result)
+    result = record_plan(recipe, store, plan, attempt.run, attempt.number)
     everything_cached = all(planned.action for planned in plan.values())
     if everything_cached and within is None and not server_configured():
         for planned in plan.values():
@@ -119,6 +118,15 @@ def run_recipe(
         collect_metrics(recipe, store, result)
     finally:
         save_record(recipe, store, result)
+    return result
+
+
+def record_plan(recipe: Recipe, store: Store, plan: Mapping[str, Planned], run: str, attempt: int = 1) -> RunResult:
+    """Keep in the store that a run begins, or is to begin; returns its result so far."""
+    result = RunResult(run, recipe.name, store.url, recipe.variants, attempt=attempt)
+    for planned in plan.values():
+        result.record(planned.node, "pending", planned.action)
+    save_record(recipe, store, result)
     return result
 
 

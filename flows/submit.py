@@ -12,7 +12,8 @@ from .deployment import FLOW, NORMAL, Submitted, schedule
 from .plan import prepare
 from .prefect_server import configure_prefect, reach_server, server_configured
 from .recipe import find_recipe, parse_recipe
-from .run import new_run_id, run_tags
+from .run import new_run_id, record_plan, run_tags
+from .status import workers_of
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -43,7 +44,7 @@ def submit(
     path, text, folder = find_recipe(name)
     recipe = parse_recipe(path, text, folder, overrides)
     recipe = recipe.only(only) if only else recipe
-    prepare(recipe, store)
+    plan = prepare(recipe, store)
     if store.url.startswith("memory://"):
         raise ColdpressError("only one process sees a memory:// store; a worker needs a folder or a URL")
     if not server_configured():
@@ -83,10 +84,12 @@ def submit(
         if cron is not None:
             del parameters["run"]  # each has its own
             return schedule(client, deployment, recipe.name, cron, parameters, tags, queue)
+        record_plan(recipe, store, plan, run)  # by which the worker sees that it has come to the same store
         flow_run = client.create_flow_run_from_deployment(
             deployment.id, parameters=parameters, name=f"{recipe.name} {run}", tags=tags, work_queue_name=queue
         )
-    return Submitted(run, flow_run.id, url_for(flow_run))
+        idle = workers_of(client, pool) == 0
+    return Submitted(run, flow_run.id, url_for(flow_run), idle)
 
 
 def follow(submitted: Submitted, say: Callable[[str], None]) -> str:

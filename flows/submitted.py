@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import UTC, datetime
@@ -96,6 +97,12 @@ def recipe_run(
     left = None if deadline is None else deadline - _seconds_since_first_start(flow_run)
     if left is not None and left <= 0:
         return _out_of_time(deadline)
+    opened = Store(store)
+    if run and not opened.has_run(run):
+        raise ColdpressError(
+            f"{store} on {socket.gethostname()} is not the store that the run was submitted with: nothing there knows "
+            f"run {run}; use a folder that both machines see under this path, or a URL like s3://bucket/folder"
+        )
     checked = parse_recipe(recipe, text, folder, overrides)
     if only:
         checked = checked.only(only)
@@ -104,7 +111,7 @@ def recipe_run(
     devices, slots = worker_slots()
     result = run_recipe(
         checked,
-        Store(store),
+        opened,
         _LoggingTerminal(),
         device=device,
         slots=slots,

@@ -223,7 +223,8 @@ def _no_foreign_code(definitions: Definitions) -> Iterator[None]:
         return
     import lm_eval.api.metrics
     import lm_eval.utils
-    from jinja2.sandbox import SandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.api.registry import metric_registry
 
     for name in foreign:
