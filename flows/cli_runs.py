@@ -20,7 +20,7 @@ from .command import answers_errors, open_store, store_option
 @contextlib.contextmanager
 def asking_the_server() -> Iterator[Any]:
     """A client of the server at PREFECT_API_URL. Raises ColdpressError if there is none."""
-    from .prefect_server import configure_prefect, reach_server, server_configured
+    from .prefect_server import answers_as_sentences, configure_prefect, reach_server, server_configured
 
     if not server_configured():
         raise ColdpressError(
@@ -30,7 +30,7 @@ def asking_the_server() -> Iterator[Any]:
     reach_server()
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
+    with answers_as_sentences(), get_client(sync_client=True) as client:
         yield client
 
 

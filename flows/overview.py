@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEY = "coldpress-status"  # of the artifact on the dashboard
 SECONDS_BETWEEN_PAGES = 60.0
-_SHARE_OF_TIME = 0.02  # that making the page may take
+_SHARE_OF_TIME = 0.1  # that making the page may take
 MINUTES_WITHOUT_PROGRESS = 30
 INTERRUPTIONS = 3  # from so many on a run is pointed out
 _SECONDS_WITHOUT_WORKER = 30
@@ -157,12 +157,20 @@ def starts_worker(pool: str) -> str:
     return f"`coldpress up --no-server{option}` starts one"
 
 
-def look(client: SyncPrefectClient, store: Store | None, run: str | None = None, limit: int = 20) -> Overview:
+def look(
+    client: SyncPrefectClient,
+    store: Store | None,
+    run: str | None = None,
+    limit: int = 20,
+    ended: dict[str, RunStatus] | None = None,
+) -> Overview:
     """What goes on and the newest runs, or one run. store: to look into; without one those of the runs.
+
+    ended: as for `statuses`.
 
     Raises ColdpressError for an unknown run, and when `store` can't be read.
     """
-    runs = statuses(client, run, limit)
+    runs = statuses(client, run, limit, ended)
     urls = sorted({one.store for one in runs if one.store and not one.store.startswith("memory://")})
     pools = {one.pool for one in runs if one.pool is not None and one.unfinished}
     workers = {pool: workers_of(client, pool) for pool in pools}
@@ -213,11 +221,12 @@ def keep_showing(stop: threading.Event, say: Any) -> None:
     from prefect.client.orchestration import get_client
 
     complained = ""
+    ended: dict[str, RunStatus] = {}
     with get_client(sync_client=True) as client:
         while True:
             began = time.monotonic()
             try:
-                show(client, markdown(look(client, None, limit=10)))
+                show(client, markdown(look(client, None, limit=10, ended=ended)))
                 complained = ""
             except (httpx.HTTPError, ColdpressError) as error:  # the server is away; the next time, then
                 if str(error) != complained:

@@ -71,12 +71,25 @@ class RunStatus:
         return asdict(self)
 
 
-def statuses(client: SyncPrefectClient, run: str | None = None, limit: int = 20) -> list[RunStatus]:
-    """What goes on and the newest runs, or the one called so. Raises ColdpressError if there is none of that name."""
+def statuses(
+    client: SyncPrefectClient, run: str | None = None, limit: int = 20, ended: dict[str, RunStatus] | None = None
+) -> list[RunStatus]:
+    """What goes on and the newest runs, or the one called so. Raises ColdpressError if there is none of that name.
+
+    ended: runs that have, from earlier calls, which are not asked about again; those that have meanwhile are added.
+    """
     if run:
         return [_status(client, find_run(client, run))]
     found = {one.id: one for one in [*_newest(client, _PAGE, unfinished=True), *_newest(client, limit)]}
-    return [_status(client, one) for one in sorted(found.values(), key=run_id, reverse=True)]
+    known = {} if ended is None else ended
+    listed = []
+    for one in sorted(found.values(), key=run_id, reverse=True):
+        before = known.get(str(one.id))
+        is_same = before is not None and one.state is not None and before.state == one.state.name
+        listed.append(before if before is not None and is_same else _status(client, one))
+    known.clear()
+    known.update({entry.id: entry for entry in listed if not entry.unfinished})
+    return listed
 
 
 def devices(client: SyncPrefectClient, runs: Sequence[RunStatus] = ()) -> list[dict[str, Any]]:

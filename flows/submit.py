@@ -10,7 +10,7 @@ from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from .deployment import FLOW, NORMAL, Submitted, schedule
 from .plan import prepare
-from .prefect_server import configure_prefect, reach_server, server_configured
+from .prefect_server import answers_as_sentences, configure_prefect, reach_server, server_configured
 from .recipe import find_recipe, parse_recipe
 from .run import new_run_id, record_plan, run_tags
 from .status import workers_of
@@ -71,7 +71,7 @@ def submit(
     limits = {"deadline": deadline, "budget": budget}
     parameters |= {name: limit for name, limit in limits.items() if limit is not None}
     tags = run_tags(recipe.name)
-    with get_client(sync_client=True) as client:
+    with answers_as_sentences(), get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")
         except ObjectNotFound as error:
