@@ -15,7 +15,7 @@ from ..tasks.sources.texts import PYTHON_DOCS
 from ..tasks.stage import CATALOGUE, Parameters, Stage
 from .document import Document, Path, Problem
 from .expand import Instance, expand_matrix, join_instances
-from .mistakes import sentence
+from .mistakes import NO_REMOTE_CODE, sentence
 from .recipe import Node
 
 SECTIONS = ("name", "model", "models", "data", "stages", "evaluate")
@@ -45,7 +45,9 @@ class Builder:
 
     def build(self) -> None:
         for key in self.value:
-            if key not in SECTIONS:
+            if key == "trust_remote_code":
+                self.problem(NO_REMOTE_CODE, key)
+            elif key not in SECTIONS:
                 self.problem(f"unknown section '{key}'; {did_you_mean(key, list(SECTIONS))}", key)
         name = self.value.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -21,6 +21,7 @@ from .cli_server import SERVER_COMMANDS
 from .cli_store import STORE_COMMANDS
 from .command import (
     answers_errors,
+    budget_option,
     deadline_option,
     device_option,
     devices_option,
@@ -64,6 +65,7 @@ def main(verbose: bool) -> None:
 @devices_option
 @slots_option
 @deadline_option
+@budget_option
 @report_option
 @answers_errors
 def run(
@@ -76,12 +78,14 @@ def run(
     devices: str | None,
     slots: int | None,
     deadline: float | None,
+    budget: float | None,
     report_folder: str | None,
 ) -> None:
     """Run RECIPE (a file, or the name of a shipped recipe); compute only what the store doesn't have."""
     from rich.console import Console
 
     from ..tasks.reporting.report import write_report
+    from .budget import used_up
     from .run import run_recipe
     from .slots import check_devices
     from .terminal import Terminal, print_results
@@ -90,7 +94,9 @@ def run(
     checked = _recipe(recipe, overrides, only)
     with Terminal(Console(stderr=True)) as terminal:
         store = open_store(store_url)
-        result = run_recipe(checked, store, terminal, device=device, slots=count, devices=named, seconds=deadline)
+        result = run_recipe(
+            checked, store, terminal, device=device, slots=count, devices=named, seconds=deadline, budget=budget
+        )
     document = result.to_json()
     folder = report_folder or os.path.join("reports", checked.name)
     document["report"] = write_report(document, folder)
@@ -98,6 +104,9 @@ def run(
         click.echo(json.dumps(document, indent=2))
     else:
         print_results(document)
+    if result.out_of_budget and result.unfinished and result.device_seconds:
+        click.echo(used_up(**result.device_seconds), err=True)
+        sys.exit(1)  # and not as one that is to be started again
     if result.stopped_by is not None:
         click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
         sys.exit(128 + result.stopped_by)

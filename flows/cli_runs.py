@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from .command import answers_errors, open_store, store_option
 @contextlib.contextmanager
 def asking_the_server() -> Iterator[Any]:
     """A client of the server at PREFECT_API_URL. Raises ColdpressError if there is none."""
-    from .prefect_server import configure_prefect, reach_server, server_configured
+    from .prefect_server import answers_as_sentences, configure_prefect, reach_server, server_configured
 
     if not server_configured():
         raise ColdpressError(
@@ -29,7 +30,7 @@ def asking_the_server() -> Iterator[Any]:
     reach_server()
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
+    with answers_as_sentences(), get_client(sync_client=True) as client:
         yield client
 
 
@@ -40,43 +41,39 @@ def asking_the_server() -> Iterator[Any]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 @answers_errors
 def status_command(run: str | None, store_url: str | None, limit: int, as_json: bool) -> None:
-    """The newest runs on the server, or RUN: their stages, what they wait for, devices, and the store's size."""
-    from ..storage.inspect import usage
-    from .status import devices, statuses
+    """What goes on, and the newest runs on the server, or RUN: stages, devices, who waits for what, the store."""
+    from .overview import Table, look
 
-    with asking_the_server() as client:
-        found, shared = statuses(client, run, limit), devices(client)
     store = open_store(store_url)
-    stored = usage(store).stored
+    with asking_the_server() as client:
+        overview = look(client, store, run, limit)
     if as_json:
-        runs = [entry.to_json() for entry in found]
-        document = {"runs": runs, "devices": shared, "store": {"url": store.url, "bytes": stored}}
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps(overview.to_json(), indent=2))
         return
-    for entry in found:
-        _show(entry, whole=run is not None)
-    if not found:
+    for table in overview.tables():
+        _print(table)
+    if run is not None:
+        rows = [(stage.name, stage.state, stage.doing) for stage in overview.runs[0].stages]
+        _print(Table("its stages", ("stage", "state", "does"), rows))
+    for line in (*overview.messages(), *overview.troubles(), *overview.summary()):
+        click.echo(line)
+    if not overview.runs:
         click.echo("no runs yet")
-    for device in shared:
-        click.echo(f"device {device['device']} of {device['host']}: {'taken' if device['taken'] else 'free'}")
-    click.echo(f"store {store.url}: {stored / 1e6:.1f} MB")
 
 
-def _show(entry: Any, *, whole: bool) -> None:
-    times = [f"attempt {entry.attempts}"] if entry.attempts > 1 else []
-    times += [
-        f"{count} x {word}" for count, word in ((entry.preempted, "pre-empted"), (entry.crashed, "crashed")) if count
-    ]
-    where = f"pool {entry.pool}" if entry.pool else "not submitted"
-    stages = f"{entry.done} of {len(entry.stages)} stages begun are done" if entry.stages else "not begun"
-    click.secho(entry.run, bold=True, nl=False)
-    click.echo(f"  {', '.join([entry.recipe or '?', entry.user or '?', where, entry.state, *times, stages])}")
-    if entry.message and entry.state not in ("Running", "Completed"):
-        click.echo(f"    {entry.message}")
-    for stage in entry.stages:
-        if whole or stage.state == "Running":
-            percent = f" ({stage.percent:.0f} %)" if stage.percent else ""
-            click.echo(f"    {stage.name}: {stage.doing or stage.state}{percent}")
+def _print(table: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(
+        title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
+    )
+    for place, column in enumerate(table.columns):
+        shown.add_column(column, no_wrap=place == 0, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(escape(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 100).print(shown, "")
 
 
 @click.command("cancel")

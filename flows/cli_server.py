@@ -13,6 +13,7 @@ import click
 from ..storage.errors import ColdpressError
 from .command import (
     answers_errors,
+    budget_option,
     deadline_option,
     device_option,
     devices_option,
@@ -55,10 +56,13 @@ def up_command(
     slots: int | None,
 ) -> None:
     """Start a Prefect server, a work pool and a worker; recipes sent with `submit` survive crashes."""
+    from ..tasks.hardware import absent_gpus
     from .slots import check_devices
     from .up import Options, up
 
-    check_devices(devices, slots)
+    named, _ = check_devices(devices, slots)
+    if absent := absent_gpus(named):
+        click.echo(f"warning: no GPU {', '.join(absent)} here; runs need `submit --device cpu`", err=True)
     if devices:
         os.environ["COLDPRESS_DEVICES"] = devices  # for the runs that its worker starts
     if slots:
@@ -81,6 +85,7 @@ def up_command(
     help="Which of a pool's waiting runs a worker takes first.",
 )
 @deadline_option
+@budget_option
 @click.option("--cron", metavar="'0 3 * * *'", help="Run it at these times (UTC) rather than once.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit as `run` would.")
 @report_option
@@ -94,11 +99,13 @@ def submit_command(
     device: str,
     priority: str,
     deadline: float | None,
+    budget: float | None,
     cron: str | None,
     wait: bool,
     report_folder: str | None,
 ) -> None:
     """Send RECIPE to the server at PREFECT_API_URL, where a worker runs it, again if need be."""
+    from .overview import starts_worker
     from .submit import follow, record_of, submit
 
     if cron and wait:
@@ -114,11 +121,14 @@ def submit_command(
         device=device,
         priority=priority,
         deadline=deadline,
+        budget=budget,
         cron=cron,
     )
     click.echo(f"{'schedule' if cron else 'run'} {submitted.run}, on the server {submitted.id}")
     if submitted.url:
         click.echo(submitted.url)
+    if submitted.idle:
+        click.echo(f"nothing starts it yet: pool {pool} has no worker; {starts_worker(pool)}", err=True)
     if not wait:
         return
     try:

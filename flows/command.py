@@ -63,6 +63,12 @@ class Duration(click.ParamType):
 deadline_option = click.option(
     "--deadline", type=Duration(), metavar="2h", help="Stop after this time (90s, 30m, 2h, 1d), with all work kept."
 )
+budget_option = click.option(
+    "--budget",
+    type=Duration(),
+    metavar="12h",
+    help="Stop when stages have had devices for this time (30m, 12h, 2d), over all attempts, with all work kept.",
+)
 slots_option = click.option(
     "--slots",
     type=click.IntRange(1),

@@ -48,11 +48,15 @@ _CRASHED = ("Crashed", "Pre-empted")
 
 @dataclass(frozen=True)
 class Submitted:
-    """What the server has. run: the run's id in the store, or the name of a schedule. id: its id on the server."""
+    """What the server has. run: the run's id in the store, or the name of a schedule. id: its id on the server.
+
+    idle: nobody is there who would start it.
+    """
 
     run: str
     id: UUID
     url: str | None
+    idle: bool = False
 
 
 def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None:

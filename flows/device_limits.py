@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import httpx
@@ -42,6 +43,11 @@ def device_of(limit: str) -> tuple[str, str] | None:
     prefix, _, rest = limit.partition(" ")
     host, _, device = rest.rpartition(" ")
     return (host, device) if prefix == _PREFIX and host else None
+
+
+def device_note(device: str) -> dict[str, str]:
+    """What the progress artifact of a stage says of the device that it has: {"host": …, "device": …, "since": …}."""
+    return {"host": socket.gethostname(), "device": device, "since": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 @dataclass

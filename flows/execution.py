@@ -22,6 +22,8 @@ from ..storage.journal import unfinished
 from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
+from .budget import Budget
+from .device_limits import device_note
 from .plan import compare
 from .provenance import artifact_key, provenance_markdown, resumed_from, shown_if_possible
 from .recipe import Node, Recipe
@@ -51,6 +53,7 @@ class Execution:
         slots: Slots,
         device: str,
         seconds: float | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.device = device
         self.recipe = recipe
@@ -59,6 +62,7 @@ class Execution:
         self.result = result
         self._slots = slots
         self._seconds = seconds
+        self._budget = budget
         self._saving = threading.Lock()
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
@@ -70,7 +74,7 @@ class Execution:
         """Submit all nodes to the task runner of the present flow run, and wait for them."""
         futures: dict[str, Any] = {}
         try:
-            with self._heeding_signals(), self._heeding_deadline():
+            with self._heeding_signals(), self._heeding_deadline(), self._heeding_budget():
                 self._run_all(futures)
         except BaseException:  # threads that wait for a worker must come free at once
             self._slots.kill()
@@ -138,8 +142,7 @@ class Execution:
 
         def over() -> None:
             self.result.out_of_time = True
-            self.terminal.say("the deadline has come")
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._stop_by_itself("the deadline has come")
 
         timer = threading.Timer(self._seconds, over)
         timer.daemon = True
@@ -148,6 +151,30 @@ class Execution:
             yield
         finally:
             timer.cancel()
+
+    @contextlib.contextmanager
+    def _heeding_budget(self) -> Iterator[None]:
+        """When its device time is used up the run asks itself to stop, as SIGTERM would."""
+        if self._budget is None:
+            yield
+            return
+
+        budget = self._budget
+
+        def over() -> None:
+            self.result.out_of_budget = True
+            self._stop_by_itself("the budget is used up")
+
+        try:
+            with budget.watched(over):
+                yield
+        finally:
+            self.result.device_seconds = {"used": round(budget.used, 3), "allowed": budget.allowed}
+
+    def _stop_by_itself(self, why: str) -> None:
+        if not self._slots.stopping:  # a second signal would end it at once
+            self.terminal.say(why)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _task(self, node: Node) -> Task[Any, Any]:
         import prefect
@@ -291,7 +318,11 @@ class Execution:
             if worker.visible:
                 place = f", on device {worker.visible}"
                 context["visible_device"] = worker.visible
-            return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
+                heartbeat.doing = f"beginning{place}"
+                shown.take(worker.visible, heartbeat.doing)
+            metered = self._budget.metered() if self._budget and node.stage.on_device else contextlib.nullcontext()
+            with metered:
+                return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
 
     def _name_journals_that_do_not_fit(self, node: Node, image: Mapping[str, Any]) -> None:
         """Say of earlier unfinished attempts at this node why they are of no use now."""
@@ -320,6 +351,7 @@ class _ProgressArtifact:
         self._node = node
         self._id: Any = None
         self._described = ""
+        self._has_device = False
 
     def update(self, percent: float, text: str) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -335,6 +367,21 @@ class _ProgressArtifact:
         """What the stage waits for; told once."""
         if text != self._described:
             self.update(0.0, text)
+            if self._has_device:  # it has lost it
+                self._note({})
+
+    def take(self, device: str, text: str) -> None:
+        """Say which device the stage has from now on, for `coldpress status`."""
+        self.update(0.0, text)
+        self._note(device_note(device))
+
+    def _note(self, about: dict[str, str]) -> None:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.actions import ArtifactUpdate
+
+        self._has_device = bool(about)
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._id, ArtifactUpdate(metadata_=about))
 
 
 def grace_seconds() -> float:

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
+NO_REMOTE_CODE = (
+    "there is no 'trust_remote_code': Python that comes with a model or data set is never run, for it could do "
+    "whatever who computes may do; take a model whose family transformers has itself, and data as text or jsonl"
+)
+
+
 def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
     """One of the errors that pydantic found in the parameters of a stage; label: how errors call the stage."""
     fields = stage.parameters.model_fields
@@ -22,6 +28,8 @@ def sentence(stage: Stage, label: str, detail: ErrorDetails) -> str:
     inner = detail["loc"][1:] if _has_parts(stage, key) else ()
     path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
     match detail["type"]:
+        case "extra_forbidden" if "trust_remote_code" in path:
+            return f"{label}: {NO_REMOTE_CODE}"
         case "extra_forbidden":
             advice = remark if path != key else f"; {did_you_mean(key, [*fields, *stage.inputs])}"
             return f"{label} has no parameter '{path}'{advice}"

@@ -5,8 +5,10 @@ Importing this module does not import Prefect.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..storage.errors import ColdpressError
@@ -48,22 +50,33 @@ def configure_prefect() -> None:
 
 def reach_server() -> None:
     """Raises ServerAway when Prefect's server doesn't answer, ColdpressError when it refuses or none can be started."""
-    import httpx
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
 
     try:
-        with get_client(sync_client=True) as client:
+        with answers_as_sentences(), get_client(sync_client=True) as client:
             client.hello()
+    except RuntimeError as error:
+        raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
+
+
+@contextlib.contextmanager
+def answers_as_sentences() -> Iterator[None]:
+    """What the server refuses, fails at or leaves unanswered within is raised as ColdpressError."""
+    import httpx
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    try:
+        yield
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
-            refusal = f"the Prefect server at {PREFECT_API_URL.value()} refuses: it wants PREFECT_API_AUTH_STRING to be"
+            refusal = f"the Prefect server at {url} refuses: it wants PREFECT_API_AUTH_STRING to be"
             raise ColdpressError(f"{refusal} set to the user:password that it was started with") from error
-        raise ColdpressError(
-            f"the Prefect server at {PREFECT_API_URL.value()} answers with an error: {error}"
-        ) from error
-    except (httpx.HTTPError, RuntimeError) as error:
-        if url := PREFECT_API_URL.value():
-            advice = "start it (`prefect server start`), or unset PREFECT_API_URL to run without one"
-            raise ServerAway(f"the Prefect server at {url} does not answer; {advice}") from error
-        raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
+        if error.response.status_code == 503:
+            raise ColdpressError(f"the Prefect server at {url} is too busy to answer; try again") from error
+        raise ColdpressError(f"the Prefect server at {url} answers with an error: {error}") from error
+    except httpx.HTTPError as error:
+        if not url:
+            raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
+        advice = "start it there (`coldpress up`), or unset PREFECT_API_URL and `coldpress run` works without one"
+        raise ServerAway(f"the Prefect server at {url} does not answer; {advice}") from error

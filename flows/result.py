@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..storage.artifacts import Artifact
 from ..storage.store import Action, Store
 from ..tasks.reporting.significance import PERPLEXITY
+from .budget import used_up
 from .recipe import Node, Recipe
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
     cut_off: why Prefect could not even begin a stage, if so.
 
+    out_of_budget: likewise, its device time was used up; device_seconds: of all attempts, {"used": …, "allowed": …},
+    where it has a budget.
+
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.
     generations: likewise, what variants made of prompts, [{"prompt": …, "continuation": …}].
@@ -81,10 +85,17 @@ class RunResult:
     attempt: int = 1
     out_of_time: bool = False
     cut_off: str | None = None
+    out_of_budget: bool = False
+    device_seconds: dict[str, float] | None = None
 
     @property
     def failed(self) -> bool:
         return any(result.state in ("failed", "skipped") for result in self.stages.values())
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Stages that have no result."""
+        return [name for name, entry in self.stages.items() if entry.state not in DONE]
 
     def to_json(self) -> dict[str, Any]:
         """The document of `run --json`."""
@@ -103,6 +114,7 @@ class RunResult:
             "differences": self.differences,
             "indistinguishable": self.indistinguishable,
             **({"generations": self.generations} if self.generations else {}),
+            **({"device_seconds": self.device_seconds} if self.device_seconds else {}),
         }
 
     def record(self, node: Node, state: str, action: Action | None = None, error: str | None = None) -> None:
@@ -144,9 +156,11 @@ def save_record(recipe: Recipe, store: Store, result: RunResult) -> None:
 
 def end_state(result: RunResult) -> State[Any]:
     """The state in which the flow run ends."""
-    from prefect.states import Completed, Crashed, Failed
+    from prefect.states import Cancelled, Completed, Crashed, Failed
 
-    left = [name for name, entry in result.stages.items() if entry.state not in DONE]
+    left = result.unfinished
+    if left and result.out_of_budget and result.device_seconds:
+        return Cancelled(message=used_up(**result.device_seconds))
     if left and result.stopped_by is not None:
         return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
     failed = any(entry.state == "failed" for entry in result.stages.values())

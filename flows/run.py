@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from ..tasks.reporting.significance import Items, compare_all
+from .budget import Budget, account_of
 from .execution import Execution
 from .plan import Planned, check_disk, prepare
 from .prefect_server import configure_prefect, reach_server, server_configured
 from .provenance import show_report
 from .recipe import Node, Recipe
 from .result import RunResult, read_items, save_record
-from .slots import Slots
+from .slots import Slots, check_present
 from .terminal import Terminal
 from .worker import InProcess, Worker
 
@@ -38,10 +39,14 @@ RUN_TAG = "coldpress"
 
 @dataclass(frozen=True)
 class Attempt:
-    """A flow run that is going on already: the id of the run, which all its attempts share, and which one this is."""
+    """A flow run that is going on already: the id of the run, which all its attempts share, and which one this is.
+
+    scheduled: one of many runs of a schedule, each of which has a budget to itself.
+    """
 
     run: str
     number: int
+    scheduled: bool = False
 
 
 def new_run_id() -> str:
@@ -67,23 +72,24 @@ def run_recipe(
     slots: int = 1,
     devices: Sequence[str] = (),
     seconds: float | None = None,
+    budget: float | None = None,
     within: Attempt | None = None,
 ) -> RunResult:
     """Check, plan and run a recipe; failed branches don't stop the others. Raises RecipeError before anything runs.
 
     `slots` stages are computed at the same time. `devices`: see `slots.py`; one slot each, if there are any.
     `seconds`: after so many the run asks itself to stop, as SIGTERM would, its work kept.
+    `budget`: seconds of device time that it may use, together with unfinished attempts before it; see `budget.py`.
     `within`: the flow run in which this is called, whose tasks the stages become; without it the run makes its own.
     """
     if devices and store.url.startswith("memory://"):
         raise ColdpressError("only one process sees a memory:// store; --devices needs a folder or a URL")
+    if devices and device != "cpu":
+        check_present(devices)
     plan = prepare(recipe, store, device)
     check_disk(plan, store)
     attempt = within or Attempt(new_run_id(), 1)
-    result = RunResult(attempt.run, recipe.name, store.url, recipe.variants, attempt=attempt.number)
-    for planned in plan.values():
-        result.record(planned.node, "pending", planned.action)
-    save_record(recipe, store, result)
+    result = record_plan(recipe, store, plan, attempt.run, attempt.number)
     everything_cached = all(planned.action for planned in plan.values())
     if everything_cached and within is None and not server_configured():
         for planned in plan.values():
@@ -101,6 +107,7 @@ def run_recipe(
             slots=slots,
             devices=devices,
             seconds=seconds,
+            budget=budget,
             within=within,
         )
     for node in recipe.nodes:
@@ -111,6 +118,15 @@ def run_recipe(
         collect_metrics(recipe, store, result)
     finally:
         save_record(recipe, store, result)
+    return result
+
+
+def record_plan(recipe: Recipe, store: Store, plan: Mapping[str, Planned], run: str, attempt: int = 1) -> RunResult:
+    """Keep in the store that a run begins, or is to begin; returns its result so far."""
+    result = RunResult(run, recipe.name, store.url, recipe.variants, attempt=attempt)
+    for planned in plan.values():
+        result.record(planned.node, "pending", planned.action)
+    save_record(recipe, store, result)
     return result
 
 
@@ -180,6 +196,7 @@ def _run_on_prefect(
     slots: int,
     devices: Sequence[str],
     seconds: float | None,
+    budget: float | None,
     within: Attempt | None,
 ) -> None:
     computes = not all(planned.action for planned in plan.values())
@@ -200,17 +217,22 @@ def _run_on_prefect(
         from .device_limits import DeviceLimits
 
         limits = DeviceLimits(devices)
+    metered = None
+    if budget is not None and computes:
+        attempt = within or Attempt(result.run, result.attempt)
+        account = attempt.run if attempt.scheduled else account_of(recipe)
+        metered = Budget(store, account, f"{attempt.run}-{attempt.number}", budget)
     shared = Slots(start, slots if computes else 0, devices if computes else (), limits)
     try:
         if within is not None:
-            Execution(recipe, store, terminal, result, shared, device, seconds).run()
+            Execution(recipe, store, terminal, result, shared, device, seconds, metered).run()
             return
         configure_prefect()
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         reach_server()
-        execution = Execution(recipe, store, terminal, result, shared, device, seconds)
+        execution = Execution(recipe, store, terminal, result, shared, device, seconds, metered)
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,
@@ -224,6 +246,8 @@ def _run_on_prefect(
             flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
     finally:
         shared.kill()
+        if metered is not None and not result.unfinished:
+            metered.close()
 
 
 def _with_report(execution: Execution, recipe: Recipe, store: Store, result: RunResult) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..storage.errors import ColdpressError
 from ..storage.leases import LeaseLost
+from ..tasks.hardware import absent_gpus
 from ..tasks.stage import Preempted, Stage
 from .worker import InProcess, Worker, WorkerDied
 
@@ -43,6 +44,15 @@ def check_devices(text: str | None, slots: int | None) -> tuple[tuple[str, ...],
     if devices and slots is not None and slots > len(devices):
         raise ColdpressError(f"--slots {slots} are more than the {len(devices)} devices of --devices {text}")
     return devices, slots or len(devices) or 1
+
+
+def check_present(devices: Sequence[str]) -> None:
+    """Raises ColdpressError when this machine doesn't have all of them."""
+    if absent := absent_gpus(devices):
+        raise ColdpressError(
+            f"--devices {','.join(devices)}: this machine has no GPU {', '.join(absent)}; `nvidia-smi -L` lists those "
+            "it has (with --device cpu the names only say how many stages compute at a time)"
+        )
 
 
 @dataclass(eq=False)

@@ -6,8 +6,9 @@ text of its progress artifact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from .run import RUN_TAG
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun, TaskRun
+    from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
     from prefect.client.schemas.responses import OrchestrationResult
 
 _PAGE = 200  # the most that the server answers with
@@ -25,17 +26,25 @@ _PAGE = 200  # the most that the server answers with
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage of a run. percent, doing: of what runs: "pruning 3/24, 1 min left", or "waiting for device 0"."""
+    """A stage of a run. percent, doing: of what runs: "pruning 3/24, 1 min left", or "waiting for device 0".
+
+    device: the shared one that it has: {"host": …, "device": …, "since": …}. moved: when it last made progress.
+    """
 
     name: str
     state: str
     percent: float | None = None
     doing: str = ""
+    device: dict[str, str] | None = None
+    moved: str | None = None
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run. run: its id in the store. id: its id on the server. preempted, crashed: how often it was."""
+    """A run. run: its id in the store. id: its id on the server. preempted, crashed: how often it was.
+
+    moved: when it last changed its state or made progress. unfinished: whether something is still to come.
+    """
 
     run: str
     id: str
@@ -47,6 +56,9 @@ class RunStatus:
     preempted: int
     crashed: int
     pool: str | None
+    store: str | None = None
+    moved: str = ""
+    unfinished: bool = False
     stages: list[StageStatus] = field(default_factory=list)
 
     @property
@@ -59,21 +71,46 @@ class RunStatus:
         return asdict(self)
 
 
-def statuses(client: SyncPrefectClient, run: str | None = None, limit: int = 20) -> list[RunStatus]:
-    """The newest runs, or the one called so. Raises ColdpressError if there is none of that name."""
-    found = [find_run(client, run)] if run else _newest(client, limit)
-    return [_status(client, flow_run) for flow_run in found]
+def statuses(
+    client: SyncPrefectClient, run: str | None = None, limit: int = 20, ended: dict[str, RunStatus] | None = None
+) -> list[RunStatus]:
+    """What goes on and the newest runs, or the one called so. Raises ColdpressError if there is none of that name.
+
+    ended: runs that have, from earlier calls, which are not asked about again; those that have meanwhile are added.
+    """
+    if run:
+        return [_status(client, find_run(client, run))]
+    found = {one.id: one for one in [*_newest(client, _PAGE, unfinished=True), *_newest(client, limit)]}
+    known = {} if ended is None else ended
+    listed = []
+    for one in sorted(found.values(), key=run_id, reverse=True):
+        before = known.get(str(one.id))
+        is_same = before is not None and one.state is not None and before.state == one.state.name
+        listed.append(before if before is not None and is_same else _status(client, one))
+    known.clear()
+    known.update({entry.id: entry for entry in listed if not entry.unfinished})
+    return listed
 
 
-def devices(client: SyncPrefectClient) -> list[dict[str, Any]]:
-    """The devices that runs share: {"host": …, "device": …, "taken": bool}."""
+def devices(client: SyncPrefectClient, runs: Sequence[RunStatus] = ()) -> list[dict[str, Any]]:
+    """The devices that runs share: {"host": …, "device": …, "taken": bool}, and of those of `runs` who has it and since
+    when: "run", "stage", "since".
+    """
+    having = {
+        (stage.device["host"], stage.device["device"]): {
+            "run": run.run, "stage": stage.name, "since": stage.device["since"]
+        }
+        for run in runs for stage in run.stages if stage.device
+    }  # fmt: skip
     found: list[dict[str, Any]] = []
     offset = 0
     while page := client.read_global_concurrency_limits(limit=_PAGE, offset=offset):
         offset += len(page)
         for limit in page:
             if place := device_of(limit.name):
-                found.append({"host": place[0], "device": place[1], "taken": limit.active_slots > 0})
+                taken = limit.active_slots > 0
+                holder = having.get(place, {}) if taken else {}
+                found.append({"host": place[0], "device": place[1], "taken": taken, **holder})
     return sorted(found, key=lambda entry: (entry["host"], entry["device"]))
 
 
@@ -99,6 +136,13 @@ def run_id(flow_run: FlowRun) -> str:
     if flow_run.deployment_id is not None:
         return str(flow_run.parameters.get("run") or flow_run.id)
     return flow_run.name
+
+
+def workers_of(client: SyncPrefectClient, pool: str) -> int:
+    """How many workers of a pool are at work, as far as the server has heard of them."""
+    from prefect.client.schemas.objects import WorkerStatus
+
+    return sum(worker.status == WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(pool))
 
 
 def cancel(client: SyncPrefectClient, name: str) -> str:
@@ -138,29 +182,47 @@ def logs(client: SyncPrefectClient, name: str) -> Iterator[str]:
             yield f"{line.timestamp:%Y-%m-%d %H:%M:%S} {line.message}"
 
 
-def _newest(client: SyncPrefectClient, limit: int) -> list[FlowRun]:
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+def _newest(client: SyncPrefectClient, limit: int, *, unfinished: bool = False) -> list[FlowRun]:
+    """The newest runs that are due: schedules have runs far into the future."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        FlowRunFilterTags,
+    )
+    from prefect.client.schemas.objects import TERMINAL_STATES
     from prefect.client.schemas.sorting import FlowRunSort
 
-    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[RUN_TAG]))
+    soon: Any = datetime.now(UTC) + timedelta(seconds=60)
+    ours = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[RUN_TAG]),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=soon),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))) if unfinished else None,
+    )
     return client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
 
 
 def _status(client: SyncPrefectClient, flow_run: FlowRun) -> RunStatus:
     past = [str(state.name) for state in client.read_flow_run_states(flow_run.id)]
+    stages, state, submitted = _stages(client, flow_run), flow_run.state, flow_run.deployment_id is not None
+    changed = [state.timestamp.isoformat()] if state else []
     tags = dict(tag.split(":", 1) for tag in flow_run.tags if ":" in tag)
     return RunStatus(
         run=run_id(flow_run),
         id=str(flow_run.id),
         recipe=tags.get("recipe", ""),
         user=tags.get("user", ""),
-        state=str(flow_run.state.name) if flow_run.state else "",
-        message=(flow_run.state.message if flow_run.state else None) or "",
+        state=str(state.name) if state else "",
+        message=(state.message if state else None) or "",
         attempts=flow_run.run_count,
         preempted=past.count("Pre-empted"),
         crashed=past.count("Crashed"),
         pool=flow_run.work_pool_name,
-        stages=_stages(client, flow_run),
+        store=flow_run.parameters.get("store"),
+        moved=max([*changed, *(stage.moved for stage in stages if stage.moved)], default=""),
+        unfinished=state is not None and (not state.is_final() or (state.is_crashed() and submitted)),
+        stages=stages,
     )
 
 
@@ -181,21 +243,24 @@ def _stages(client: SyncPrefectClient, flow_run: FlowRun) -> list[StageStatus]:
     found = []
     for name, task_run in latest.items():
         state = str(task_run.state.name) if task_run.state else "Pending"
-        percent, doing = progress.get(task_run.id, (None, "")) if state == "Running" else (None, "")
-        found.append(StageStatus(name, state, percent, doing.removeprefix(f"{name}: ")))
+        began = task_run.start_time.isoformat() if task_run.start_time else None
+        shown = progress.get(task_run.id) if state == "Running" else None
+        if shown is None:
+            found.append(StageStatus(name, state, moved=began))
+            continue
+        doing = (shown.description or "").removeprefix(f"{name}: ")
+        device: Any = shown.metadata_ or None
+        moved = shown.updated.isoformat() if shown.updated else began
+        found.append(StageStatus(name, state, float(str(shown.data)), doing, device, moved))
     return found
 
 
-def _progress(client: SyncPrefectClient, flow_run: FlowRun) -> dict[UUID, tuple[float | None, str]]:
-    """Task run -> (percent, what it does)."""
+def _progress(client: SyncPrefectClient, flow_run: FlowRun) -> dict[UUID, Artifact]:
+    """Task run -> its progress artifact: percent, and what it does."""
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
 
     wanted = ArtifactFilter(
         flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]), type=ArtifactFilterType(any_=["progress"])
     )
     found = client.read_artifacts(artifact_filter=wanted, limit=_PAGE)
-    return {
-        artifact.task_run_id: (float(str(artifact.data)), artifact.description or "")
-        for artifact in found
-        if artifact.task_run_id is not None
-    }
+    return {artifact.task_run_id: artifact for artifact in found if artifact.task_run_id is not None}

@@ -10,9 +10,10 @@ from ..storage.errors import ColdpressError
 from ..storage.store import Store
 from .deployment import FLOW, NORMAL, Submitted, schedule
 from .plan import prepare
-from .prefect_server import configure_prefect, reach_server, server_configured
+from .prefect_server import answers_as_sentences, configure_prefect, reach_server, server_configured
 from .recipe import find_recipe, parse_recipe
-from .run import new_run_id, run_tags
+from .run import new_run_id, record_plan, run_tags
+from .status import workers_of
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -33,16 +34,17 @@ def submit(
     device: str,
     priority: str = NORMAL,
     deadline: float | None = None,
+    budget: float | None = None,
     cron: str | None = None,
 ) -> Submitted:
     """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError.
 
-    cron: make a schedule for it instead of a run; the id is then the deployment's. deadline: in seconds.
+    cron: make a schedule for it instead of a run; the id is then the deployment's. deadline, budget: in seconds.
     """
     path, text, folder = find_recipe(name)
     recipe = parse_recipe(path, text, folder, overrides)
     recipe = recipe.only(only) if only else recipe
-    prepare(recipe, store)
+    plan = prepare(recipe, store)
     if store.url.startswith("memory://"):
         raise ColdpressError("only one process sees a memory:// store; a worker needs a folder or a URL")
     if not server_configured():
@@ -52,7 +54,7 @@ def submit(
     configure_prefect()
     reach_server()
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.exceptions import ObjectNotFound
     from prefect.utilities.urls import url_for
 
     run = new_run_id()
@@ -66,10 +68,10 @@ def submit(
         "device": device,
         "run": run,
     }
-    if deadline is not None:
-        parameters["deadline"] = deadline
+    limits = {"deadline": deadline, "budget": budget}
+    parameters |= {name: limit for name, limit in limits.items() if limit is not None}
     tags = run_tags(recipe.name, device)
-    with get_client(sync_client=True) as client:
+    with answers_as_sentences(), get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{FLOW}/{pool}")
         except ObjectNotFound as error:
@@ -82,20 +84,17 @@ def submit(
         if cron is not None:
             del parameters["run"]  # each has its own
             return schedule(client, deployment, recipe.name, cron, parameters, tags, queue)
-        try:
-            flow_run = client.create_flow_run_from_deployment(
-                deployment.id,
-                parameters=parameters,
-                name=f"{recipe.name} {run}",
-                tags=tags,
-                work_queue_name=queue,
-                idempotency_key=run,  # the client asks again when an answer was lost
-            )
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 503:
-                raise
-            raise ColdpressError("the Prefect server is too busy to take the run; submit it again") from error
-    return Submitted(run, flow_run.id, url_for(flow_run))
+        record_plan(recipe, store, plan, run)  # by which the worker sees that it has come to the same store
+        flow_run = client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=parameters,
+            name=f"{recipe.name} {run}",
+            tags=tags,
+            work_queue_name=queue,
+            idempotency_key=run,  # the client asks again when an answer was lost
+        )
+        idle = workers_of(client, pool) == 0
+    return Submitted(run, flow_run.id, url_for(flow_run), idle)
 
 
 def follow(submitted: Submitted, say: Callable[[str], None]) -> str:

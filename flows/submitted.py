@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import UTC, datetime
@@ -41,7 +42,7 @@ from .execution import grace_seconds
 from .prefect_server import ServerAway
 from .provenance import show_report
 from .recipe import parse_recipe
-from .result import DONE, end_state
+from .result import end_state
 from .run import Attempt, run_recipe
 from .slots import check_devices
 from .terminal import Terminal
@@ -81,19 +82,18 @@ def recipe_run(
     device: str = "auto",
     run: str = "",
     deadline: float | None = None,
+    budget: float | None = None,
 ) -> State[Any]:
     """Run a recipe. text: its YAML. recipe: how it is called in errors. folder: where its relative paths begin.
 
     store: an absolute folder or an fsspec URL. run: the run's id; without one the flow run's own.
     deadline: seconds since its first attempt began; then it is cancelled, its work kept.
+    budget: seconds of device time, of all its attempts; then likewise.
     """
     try:
-        return _attempt(text, store, recipe, folder, overrides, only, device, run, deadline)
-    except (
-        httpx.TransportError,
-        PrefectHTTPStatusError,
-        ServerAway,
-    ) as error:  # no fault of the recipe's: it goes on when the server is back
+        return _attempt(text, store, recipe, folder, overrides, only, device, run, deadline, budget)
+    except (httpx.TransportError, PrefectHTTPStatusError, ServerAway) as error:
+        # No fault of the recipe's: it goes on when the server is back.
         return Crashed(message=f"the Prefect server could not be reached: {error or type(error).__name__}")
 
 
@@ -107,6 +107,7 @@ def _attempt(
     device: str,
     run: str,
     deadline: float | None,
+    budget: float | None,
 ) -> State[Any]:
     flow_run = _present_flow_run()
     cap = max_attempts()
@@ -117,28 +118,35 @@ def _attempt(
     left = None if deadline is None else deadline - _seconds_since_first_start(flow_run)
     if left is not None and left <= 0:
         return _out_of_time(deadline)
+    opened = Store(store)
+    if run and not opened.has_run(run):
+        raise ColdpressError(
+            f"{store} on {socket.gethostname()} is not the store that the run was submitted with: nothing there knows "
+            f"run {run}; use a folder that both machines see under this path, or a URL like s3://bucket/folder"
+        )
     checked = parse_recipe(recipe, text, folder, overrides)
     if only:
         checked = checked.only(only)
-    attempt = Attempt(run or str(flow_run.id), flow_run.run_count)
+    attempt = Attempt(run or str(flow_run.id), flow_run.run_count, scheduled=not run)
     _end_when_orphaned()
     devices, slots = worker_slots()
     result = run_recipe(
         checked,
-        Store(store),
+        opened,
         _LoggingTerminal(),
         device=device,
         slots=slots,
         devices=devices,
         seconds=left,
+        budget=budget,
         within=attempt,
     )
     show_report(result)
-    if result.out_of_time and any(entry.state not in DONE for entry in result.stages.values()):
+    if result.out_of_time and result.unfinished:
         _end_quietly(_out_of_time(deadline))
     if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]
         _end_quietly(Cancelled(message="cancelled; all finished work is kept"))
-    elif result.stopped_by is not None:
+    elif result.stopped_by is not None or (result.out_of_budget and result.unfinished):
         _end_quietly(end_state(result))
     return end_state(result)
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import httpx
 from ..storage.errors import ColdpressError
 from .deployment import prepare_server, reschedule_forgotten
 from .execution import grace_seconds
+from .overview import keep_showing
 
 Say = Callable[[str], None]
 
@@ -153,6 +155,7 @@ def up(options: Options, say: Say) -> None:
             children.append(Child("worker", _prefect(*worker), signal.SIGKILL, None))
             children[-1].start()
             _welcome(address, options, say)
+            threading.Thread(target=keep_showing, args=(threading.Event(), say), daemon=True).start()
             _watch(children, say)
         except _Stop:
             say("ending: runs keep their work and go on with the next `coldpress up`")

@@ -76,7 +76,7 @@ def verify(store: Store, progress: Callable[[int, int], None] = lambda done, tot
             if problem:
                 findings.append(Finding(path, problem, tuple(needs.get("".join(path.split("/")[-2:]), ()))))
 
-    for folder in ("actions", "refs", "pins", "runs", "journals", "leases"):
+    for folder in ("actions", "refs", "pins", "runs", "journals", "leases", "spent"):
         findings.extend(_check_records(store, folder, known))
     return findings
 
@@ -109,6 +109,11 @@ def _users(store: Store) -> dict[str, list[str]]:
         of = "/".join(action.provenance[name] for name in ("recipe", "node") if name in action.provenance)
         made.setdefault(action.artifact.id, []).append(f"{action.stage} of {of}" if of else action.stage)
     return {**made, **users}
+
+
+def stored_bytes(store: Store) -> int:
+    """What the content of all results takes, without looking into any."""
+    return sum(size for _, size in store.files.list("blobs"))
 
 
 def usage(store: Store) -> Usage:

@@ -66,6 +66,16 @@ def is_held(store: Store, lease: Lease) -> bool:
     return record is not None and record["token"] == lease.token
 
 
+def holders(store: Store) -> list[dict[str, Any]]:
+    """The newest lease of each key, as its holder wrote it, with "key", and "dead": is its process gone from here?"""
+    newest: dict[str, int] = {}
+    for path, _ in store.files.list("leases"):
+        _, key, epoch = path.split("/")
+        newest[key] = max(int(epoch), newest.get(key, 0))
+    records = ((key, _read(store, key, epoch)[1]) for key, epoch in sorted(newest.items()))
+    return [{**record, "key": key, "dead": _is_dead_here(record)} for key, record in records if record is not None]
+
+
 class Claim:
     """A job's wish for a key's lease: `acquire` until it gives one, or until the result is there.
 

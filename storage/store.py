@@ -301,6 +301,10 @@ class Store:
         self.files.replace(f"runs/{_inside(run_id)}", [seal(record)])
         self.files.sync()
 
+    def has_run(self, run_id: str) -> bool:
+        """Whether there is a record of a run."""
+        return self.files.size(f"runs/{_inside(run_id)}") is not None
+
     def runs(self) -> dict[str, dict[str, Any]]:
         """All runs that can be read, oldest first."""
         found = {}

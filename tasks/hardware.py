@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -93,6 +94,18 @@ def visible_gpus() -> list[Gpu]:
             break  # as CUDA does: what follows an entry that is none can't be seen
         found += named
     return found
+
+
+def absent_gpus(devices: Sequence[str]) -> list[str]:
+    """Those, written as in CUDA_VISIBLE_DEVICES, that this machine lacks; [] where that can't be told (AMD's)."""
+    gpus, slices = _all_gpus()
+    if os.path.exists("/dev/kfd") and not gpus:
+        return []
+    return [
+        name
+        for name in devices
+        if not (int(name) < len(gpus) if name.isdecimal() else any(g.uuid.startswith(name) for g in (*gpus, *slices)))
+    ]
 
 
 def library_versions() -> dict[str, str]:

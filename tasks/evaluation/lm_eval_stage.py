@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from ...storage.artifacts import Artifact, ArtifactWriter
 from ..formats import FORMATS
 from ..stage import Parameters, Run, StageError, json_file, stage
-from .lm_eval_tasks import Definitions, content, define, refusals, version
+from .lm_eval_tasks import ALLOW_CODE, Definitions, code_is_allowed, content, define, refusals, version
 
 # lm-eval's own seeds: of Python's, NumPy's and torch's generators, and of the few-shot examples.
 SEEDS = (0, 1234, 1234, 1234)
@@ -84,7 +84,7 @@ def lm_eval(run: Run, parameters: LmEvalParameters, model: Artifact) -> Artifact
     from .whole_model import tokenizer_of, whole_model
 
     seeds = SEEDS if parameters.seed is None else (parameters.seed,) * 4
-    with _heard():
+    with _heard(), _no_foreign_code(definitions):
         loaded = _load_tasks(parameters, definitions, seeds)
         tokenizer = tokenizer_of(run, model)
         if parameters.chat_template and not tokenizer.chat_template:
@@ -208,6 +208,48 @@ def _note_resumed(run: Run, taken_over: int, total: int) -> None:
     if before:
         seconds = round(sum(step["seconds"] for step in run.journal.steps[:before]), 3)
         run.note("resumed", {"from_answer": taken_over, "of": total, "seconds_before": seconds})
+
+
+@contextlib.contextmanager
+def _no_foreign_code(definitions: Definitions) -> Iterator[None]:
+    """Task files that don't come with lm-eval are data, unless the operator allows code: see `refusals`.
+
+    lm-eval renders their templates where Jinja reaches all of Python, and takes a metric that it doesn't know for one
+    on the Hub, which is code. So these are rendered in Jinja's sandbox and refused. Raises StageError.
+    """
+    foreign = definitions.foreign()
+    if not foreign or code_is_allowed():
+        yield
+        return
+    import lm_eval.api.metrics
+    import lm_eval.utils
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval.api.registry import metric_registry
+
+    for name in foreign:
+        for entry in definitions.tasks[name].get("metric_list") or ():
+            metric = entry.get("metric") if isinstance(entry, dict) else None
+            if metric not in metric_registry:
+                raise StageError(
+                    f"task '{name}' has the metric {metric!r}, which lm-eval doesn't know and would take from the "
+                    f"Hub as code to run; use one of lm-eval's, or set {ALLOW_CODE}=1 where it is computed"
+                )
+    before = lm_eval.utils.env
+    confined = SandboxedEnvironment(
+        loader=before.loader, undefined=before.undefined, keep_trailing_newline=before.keep_trailing_newline
+    )
+    confined.filters.update(before.filters)
+    lm_eval.utils.env = confined
+    try:
+        yield
+    except SecurityError as error:
+        raise StageError(
+            f"a template in the task files {', '.join(sorted({file for files in foreign.values() for file in files}))} "
+            f"reaches for Python itself: {error}; if that is meant, set {ALLOW_CODE}=1 where it is computed"
+        ) from error
+    finally:
+        lm_eval.utils.env = before
 
 
 @contextlib.contextmanager

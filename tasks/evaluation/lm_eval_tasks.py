@@ -30,11 +30,19 @@ _KEYS = re.compile(rb"^[\"']?(task|group|tag|class|include)[\"']?[ \t]*:(?:[ \t]
 _SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
 
 
+# The operator's consent to run Python that lies beside task files; a recipe can't give it.
+ALLOW_CODE = "COLDPRESS_ALLOW_CODE"
+
+
+class Function(str):
+    """The name of a Python function, which `!function` in a task file has lm-eval import and call."""
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads lm-eval's YAML; functions stay names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))
+_Loader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,15 @@ class Definitions:
     tasks: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, frozenset[str]]
     folders: tuple[str, ...]
+
+    def foreign(self) -> dict[str, list[str]]:
+        """{task: the task files behind it that don't come with lm-eval}, for tasks that have such."""
+        own = _own_folder() + os.sep
+        found = {
+            name: sorted(file for file in files if not file.startswith(own) and not file.endswith(".py"))
+            for name, files in self.files.items()
+        }
+        return {name: files for name, files in found.items() if files}
 
     def data_sets(self) -> list[str]:
         """Their data sets on the Hub, or the builders of local files, as lm-eval's errors may fail to name them."""
@@ -133,7 +150,10 @@ def _define(names: Sequence[str], index: Mapping[str, Definition], include_path:
 
 
 def refusals(definitions: Definitions) -> Iterator[str]:
-    """Why tasks can't be run: they would execute what a model wrote, or code that comes with their data."""
+    """Why tasks can't be run: they would execute what a model wrote, or code of whoever wrote the task.
+
+    What comes with lm-eval is trusted as lm-eval itself is.
+    """
     for name, settings in definitions.tasks.items():
         if settings.get("unsafe_code"):
             yield f"task '{name}' runs the code that the model writes (unsafe_code), which coldpress doesn't"
@@ -143,6 +163,37 @@ def refusals(definitions: Definitions) -> Iterator[str]:
                 "(trust_remote_code), which coldpress doesn't; convert the data set to files and name these in a task "
                 "of your own"
             )
+    if code_is_allowed():
+        return
+    for name, files in definitions.foreign().items():
+        for file in files:
+            for what in _code_in(_loaded(file)):
+                yield (
+                    f"task '{name}' runs {what}, named in {file}, with all rights of who computes; if everybody who "
+                    f"may write there may do that, set {ALLOW_CODE}=1 where it is computed (and where it is submitted)"
+                )
+
+
+def code_is_allowed() -> bool:
+    """Whether the operator lets Python beside task files run: $COLDPRESS_ALLOW_CODE is 1. Raises SourceError."""
+    text = os.environ.get(ALLOW_CODE, "0")
+    if text not in ("", "0", "1"):
+        raise SourceError(f"{ALLOW_CODE} is {text!r}; write 1, or 0 for no")
+    return text == "1"
+
+
+def _code_in(value: Any) -> Iterator[str]:
+    """What in a task file would be imported or downloaded and then run."""
+    if isinstance(value, Function):
+        yield f"the Python function {value}"
+    elif isinstance(value, dict):
+        if value.get("hf_evaluate"):
+            yield f"the metric {value.get('metric')!r} as code from the Hub"
+        for entry in value.values():
+            yield from _code_in(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _code_in(entry)
 
 
 def _expand(
@@ -200,14 +251,7 @@ def _settings(path: str, reading: tuple[str, ...] = ()) -> tuple[dict[str, Any],
     """A YAML file's settings over those it includes; and all files it takes: YAML, and Python beside these."""
     if path in reading:
         raise SourceError(f"{path} includes itself")
-
-    try:
-        with open(path, "rb") as file:
-            found = yaml.load(file, _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SourceError(f"the task file {path} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise SourceError(f"the task file {path} holds no settings")
+    found = _loaded(path)
     folder = os.path.dirname(path)
     files = frozenset({path, *glob.glob(os.path.join(glob.escape(folder), "*.py"))})
     merged: dict[str, Any] = {}
@@ -216,6 +260,17 @@ def _settings(path: str, reading: tuple[str, ...] = ()) -> tuple[dict[str, Any],
         merged.update(settings)
         files |= further
     return {**merged, **found}, files
+
+
+def _loaded(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            found = yaml.load(file, _Loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SourceError(f"the task file {path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise SourceError(f"the task file {path} holds no settings")
+    return found
 
 
 def _data_files(task: str, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -399,3 +399,18 @@ def test_evaluations_of_other_tasks_stand_with_the_variant_and_those_of_the_same
     recipe = load_recipe(str(path))
     rows = {name: row_of(recipe, "base", f"base/{name}") for name in ("lm-eval", "kv", "mmlu", "again", "size")}
     assert rows == {"lm-eval": "base", "kv": "base/kv", "mmlu": "base", "again": "base/again", "size": "base"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("name: tiny\n", "name: tiny\ntrust_remote_code: true\n", "tiny.yaml:2"),
+        ('model: {source: "', 'model: {trust_remote_code: true, source: "', "model 'base'"),
+        ("held_out: {source", "held_out: {trust_remote_code: true, source", "data 'held_out'"),
+        ("perplexity: {data", "lm-eval: {tasks: [piqa], trust_remote_code: true}\n  perplexity: {data", "'lm-eval'"),
+    ],
+)
+def test_a_recipe_cannot_allow_the_code_of_a_model_or_data_set(change: Change, old: str, new: str, where: str) -> None:
+    (said,) = problems(change(old, new))
+    assert where in said
+    assert "Python that comes with a model or data set is never run" in said

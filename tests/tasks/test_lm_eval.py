@@ -89,6 +89,7 @@ COMMAND_LINE = (
 def my_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with tasks of all kinds, two of them with questions that are the same, from the working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLDPRESS_ALLOW_CODE", "1")  # one of them has a function of its own
     write_tasks(tmp_path)
     return tmp_path / "tasks"
 
@@ -371,6 +372,55 @@ def test_impossible_tasks_are_refused(name: str, sentence: str, my_tasks: Path) 
     (my_tasks / "group.yaml").write_text("group: broken_group\ntask: [woords]\n")
     with pytest.raises(SourceError, match=re.escape(sentence)):
         content([name], str(my_tasks))
+
+
+@pytest.mark.parametrize("name", ["endings", "drawn", "in_group"])
+def test_python_beside_task_files_needs_the_operators_consent(
+    name: str, my_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (my_tasks / "in_group.yaml").write_text("group: in_group\ntask: [{task: words, process_docs: !function x.y}]\n")
+    assert content([name], str(my_tasks))
+    monkeypatch.delenv("COLDPRESS_ALLOW_CODE")
+    function = "x.y" if name == "in_group" else "scoring.first_letter"
+    with pytest.raises(SourceError, match=rf"runs the Python function {function}, named in .* COLDPRESS_ALLOW_CODE=1"):
+        content([name], str(my_tasks))
+    monkeypatch.setenv("COLDPRESS_ALLOW_CODE", "yes")
+    with pytest.raises(SourceError, match="COLDPRESS_ALLOW_CODE is 'yes'; write 1"):
+        content([name], str(my_tasks))
+
+
+def test_tasks_that_are_data_and_those_of_lm_eval_itself_need_no_consent(
+    my_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLDPRESS_ALLOW_CODE")
+    assert content(["all_words", "texts"], str(my_tasks))
+    assert content(["hellaswag"], None)  # prepares its questions with a function
+    (my_tasks / "hub.yaml").write_text("task: hub\ninclude: _choices\nmetric_list: [{metric: x, hf_evaluate: true}]\n")
+    with pytest.raises(SourceError, match="runs the metric 'x' as code from the Hub"):
+        content(["hub"], str(my_tasks))
+
+
+def test_templates_and_metrics_of_task_files_run_no_python_without_consent(
+    import_model: Callable[..., Artifact], evaluate: Callable[..., dict[str, Any]],
+    my_tasks: Path, store: Store, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, entry = import_model("llama"), stage_named("evaluate/lm-eval")
+    trusted = evaluate(model, tasks=["words"])
+    monkeypatch.delenv("COLDPRESS_ALLOW_CODE")
+    (my_tasks / "sly.yaml").write_text("task: sly\ninclude: _choices\ndoc_to_text: \"{{''['__cl' 'ass__'].mro()}}\"\n")
+    (my_tasks / "odd.yaml").write_text("task: odd\ninclude: _choices\nmetric_list: [{metric: somebody/thing}]\n")
+    for task, said in (
+        ("sly", r"sly.yaml reaches for Python itself"),
+        ("odd", "metric 'somebody/thing', which lm-eval"),
+    ):
+        with pytest.raises(StageError, match=said):
+            compute(Run(store), entry, entry.parameters(tasks=[task], include_path=str(my_tasks)), {"model": model})
+    asked = entry.parameters(tasks=["words"], include_path=str(my_tasks), num_fewshot=0)
+    confined = compute(Run(store), entry, asked, {"model": model}).artifact
+    found = json.loads(store.read_file(confined, "metrics.json"))
+    assert {name: value for name, value in found.items() if name != "runtime"} == {
+        name: value for name, value in trusted.items() if name != "runtime"
+    }
 
 
 def test_a_task_that_two_names_hold_is_refused(my_tasks: Path) -> None:
