@@ -83,6 +83,7 @@ class Execution:
     def _run_all(self, futures: dict[str, Any]) -> None:
         from prefect import allow_failure
         from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+        from prefect.exceptions import PrefectException
 
         for node in self.recipe.nodes:
             # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
@@ -93,6 +94,9 @@ class Execution:
                 futures[node.name].wait()
             except ConcurrencySlotAcquisitionError as error:  # Prefect asks its server before each task
                 self.result.cut_off = f"the Prefect server did not answer: {error.__cause__ or error}"
+            except PrefectException:  # its inputs are of a stage that was cut off
+                if self.result.cut_off is None:
+                    raise
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
