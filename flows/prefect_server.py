@@ -73,7 +73,7 @@ def answers_as_sentences() -> Iterator[None]:
             refusal = f"the Prefect server at {url} refuses: it wants PREFECT_API_AUTH_STRING to be"
             raise ColdpressError(f"{refusal} set to the user:password that it was started with") from error
         if error.response.status_code == 503:
-            raise ColdpressError(f"the Prefect server at {url} is too busy to answer; try again") from error
+            raise ServerAway(f"the Prefect server at {url} is too busy to answer; try again") from error
         raise ColdpressError(f"the Prefect server at {url} answers with an error: {error}") from error
     except httpx.HTTPError as error:
         if not url:
