@@ -129,9 +129,9 @@ def _define(names: Sequence[str], index: Mapping[str, Definition], include_path:
     files: dict[str, frozenset[str]] = {}
     folders: dict[str, None] = {}
     asked_as: dict[str, str] = {}
+    if unknown := [name for name in names if name not in index]:
+        raise SourceError(" ".join(f"lm-eval has no task '{name}'; {_similar(name, index)}" for name in unknown))
     for name in names:
-        if name not in index:
-            raise SourceError(f"lm-eval has no task '{name}'; {_similar(name, index)}")
         for task, settings, behind in _expand(name, index, {}, frozenset(), ()):
             if asked_as.setdefault(task, name) != name:
                 raise SourceError(f"'{asked_as[task]}' and '{name}' both have the task '{task}'; ask for one of them")
@@ -308,7 +308,7 @@ def _similar(name: str, index: Mapping[str, Definition]) -> str:
 
     close = difflib.get_close_matches(name, index, 3, cutoff=0.6)
     if not close:
-        return "'lm_eval ls tasks' lists what there is, and include_path adds a folder of your own"
+        return "'lm_eval ls tasks' lists what there is, and include_path adds a folder of your own."
     return f"did you mean {' or '.join(repr(one) for one in close)}?"
 
 

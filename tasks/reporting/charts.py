@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "os^Dv<>Pp*Xh"
+LETTERS = 32  # of a variant's name beside a chart
 _LINES = ("-", "--", "-.", ":")
 _MOST_PANELS = 16
 _MOST_LOSSES = 12
@@ -30,6 +31,14 @@ class Chart:
     words: str
     svg: str
     note: str = ""
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or where it is longer than `most` letters its beginning and its end, where variants' names differ."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
 def charts(document: Mapping[str, Any]) -> list[Chart]:
@@ -72,7 +81,7 @@ def perplexity_by_sparsity(document: Mapping[str, Any]) -> Chart | None:
             clip_on=False,
             marker=MARKERS[number % len(MARKERS)],
             linestyle=_LINES[number // 2 % len(_LINES)],
-            label=name,
+            label=shortened(name, LETTERS),
         )
     sources = [stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"]
     for source in sources:
@@ -155,7 +164,7 @@ def losses_by_step(document: Mapping[str, Any]) -> Chart | None:
             marker=MARKERS[number % len(MARKERS)],
             markevery=max(1, len(steps) // 8),
             markersize=5,
-            label=stage["name"],
+            label=shortened(stage["name"], LETTERS),
         )
         if means != stage["losses"]:
             faint = True

@@ -46,7 +46,7 @@ MEMORY_FIGURES = {
     SIZE: "size of the weights on disk; memory was not measured, and running needs more",
 }
 SIZE_FIGURES = {SIZE: "size on disk"}
-# What quality is weighed against, the first that was measured before others. A process's memory is mostly its
+# What quality is weighed against: what most variants have, the first of equals. A process's memory is mostly its
 # libraries' where models are small.
 COSTS = (DEVICE_MEMORY, SIZE, PROCESS_MEMORY, DECODING)
 
@@ -60,7 +60,9 @@ def parse_bytes(text: str) -> int:
 
 
 def write_bytes(value: float) -> str:
-    """ "118.1 MB" or "13.5 GB"."""
+    """ "118.1 MB", "13.50 GB" or "1.0 kB"."""
+    if value < 1e5:
+        return f"{value / 1e3:.1f} kB"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
@@ -68,14 +70,31 @@ def quality(table: Sequence[Row]) -> Figure | None:
     """By what variants are ranked: perplexity, or else the accuracy of the task that most of them were measured on."""
     if _having(table, PERPLEXITY):
         return PERPLEXITY
-    keys = dict.fromkeys(key for row in table for key in row if key.rpartition(".")[2] in ("acc", "exact_match"))
-    tasks = [Figure(key, key.replace(".", " "), "high") for key in keys]
+    keys = dict.fromkeys(key for row in table for key in row if _metric(key) in ("acc", "exact_match"))
+    tasks = [Figure(key, task_title(key), "high") for key in keys]
     return max(tasks, key=lambda figure: len(_having(table, figure)), default=None)
+
+
+def _metric(key: str) -> str:
+    return key.rpartition(".")[2].partition(",")[0]
+
+
+def task_title(key: str) -> str:
+    """ "arc_easy acc" of arc_easy.acc, "gsm8k exact_match (strict-match)" of gsm8k.exact_match,strict-match."""
+    name, _, kind = key.replace(".", " ").partition(",")
+    return f"{name} ({kind})" if kind else name
 
 
 def first_measured(table: Sequence[Row], figures: Sequence[Figure]) -> Figure | None:
     """The first figure that some row has."""
     return next((figure for figure in figures if _having(table, figure)), None)
+
+
+def most_measured(table: Sequence[Row], figures: Sequence[Figure]) -> Figure | None:
+    """The figure that most rows have, the first of equals; None if none has any."""
+    counts = {figure: len(_having(table, figure)) for figure in figures}
+    best = max(figures, key=lambda figure: counts[figure])
+    return best if counts[best] else None
 
 
 def _having(table: Sequence[Row], *figures: Figure) -> list[Row]:
@@ -153,7 +172,7 @@ def summary(document: Mapping[str, Any], table: Sequence[Row]) -> str:
     variants = [row for row in table if row["variant"] in document["variants"]]
     sources = {stage["name"] for stage in document["stages"] if stage["stage"] == "source/model"}
     made = [row for row in variants if row["variant"] not in sources]
-    by, cost = quality(variants), first_measured(variants, COSTS)
+    by, cost = quality(variants), most_measured(variants, COSTS)
     ranked = sorted(_having(made, by), key=lambda row: _badness(row, by)) if by else []
     if by is None or not ranked:
         return f"{len(variants)} variants; the quality of none of them is known yet."

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .charts import shortened
+
 _WIDTH, _GAP_X, _GAP_Y, _MARGIN = 190, 60, 18, 10
 _LINE = 16
-_MOST_LETTERS = 25
+_MOST_LETTERS, _MOST_BOLD = 25, 21
 _DONE = ("cached", "computed", "resumed")
 
 
@@ -89,7 +91,7 @@ def _lines(name: str, stage: Mapping[str, Any], inner: list[Mapping[str, Any]]) 
     for one in inner:
         state = _seconds(one) if one["state"] in _DONE else one["state"]
         lines.append(f"+ {one['name'].removeprefix(name + '/')} {state}".rstrip())
-    return tuple(line if len(line) <= _MOST_LETTERS else line[: _MOST_LETTERS - 1] + "…" for line in lines)
+    return shortened(name, _MOST_BOLD), *(shortened(line, _MOST_LETTERS) for line in lines[1:])
 
 
 def _state(stage: Mapping[str, Any]) -> str:

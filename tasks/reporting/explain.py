@@ -118,6 +118,17 @@ def mixed_hardware(document: Mapping[str, Any]) -> dict[str, list[str]]:
     return found if len(found) > 1 else {}
 
 
+def hardware_words(document: Mapping[str, Any]) -> str:
+    """ "nf4, int8 on one GPU; the others on this CPU", the most rows last; empty when all hardware is the same."""
+    groups = sorted(mixed_hardware(document).items(), key=lambda group: len(group[1]))
+    said = [f"{', '.join(rows)} on {hardware}" for hardware, rows in groups[:-1]]
+    if groups and len(groups[-1][1]) > 3:
+        said.append(f"the others on {groups[-1][0]}")
+    elif groups:
+        said.append(f"{', '.join(groups[-1][1])} on {groups[-1][0]}")
+    return "; ".join(said)
+
+
 def loading(document: Mapping[str, Any], variant: str) -> Loading | None:
     """How to export and load a variant; None if it has no result."""
     stages = {stage["name"]: stage for stage in document["stages"]}

@@ -46,6 +46,6 @@
     rows.filter((row) => !fits.includes(row)).forEach((row) => row.classList.add("too-large"));
     fits.sort((a, b) => a.dataset.loss - b.dataset.loss || a.dataset.cost - b.dataset.cost);
     if (fits.length) fits[0].classList.add("chosen");
-    output.textContent = fits.length ? `best that fits: ${fits[0].dataset.name} (${fits[0].dataset.words})` : "none fits";
+    output.textContent = fits.length ? `${fits[0].dataset.name} (${fits[0].dataset.words})` : "none fits";
   });
 })();

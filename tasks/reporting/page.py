@@ -8,9 +8,9 @@ from importlib import resources
 from typing import Any
 
 from .charts import Chart, charts
-from .choice import COSTS, first_measured, quality, summary
+from .choice import COSTS, most_measured, quality, summary
 from .dag import draw_graph
-from .explain import ancestors, dashes, evaluations, loading, mixed_hardware, mixed_protocols, what_failed
+from .explain import ancestors, dashes, evaluations, hardware_words, loading, mixed_protocols, what_failed
 from .report import NOISE_MARK, cells, columns, markdown_table, values
 from .significance import words
 from .tradeoffs import compression_ratios, fronts, memory_by_time
@@ -25,11 +25,12 @@ def page(document: Mapping[str, Any]) -> str:
     table = values(document)
     variants = [row for row in table if row["variant"] in document["variants"]]
     shown = columns(document)
-    by, cost = quality(variants), first_measured(variants, COSTS)
+    by, cost = quality(variants), most_measured(variants, COSTS)
     further = [memory_by_time(document, variants), compression_ratios(document)]
     environment = Environment(loader=FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = _numbered_svg()
     environment.filters["settings"] = settings
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html").render(
         document=document,
         summary=summary(document, table),
@@ -40,7 +41,7 @@ def page(document: Mapping[str, Any]) -> str:
         by=by,
         cost=cost,
         failed=what_failed(document),
-        dashes=dashes(document, table, shown),
+        dashes=[f"{titles} of {of}" for titles, of in _grouped(document, dashes(document, table, shown))],
         noise_mark=NOISE_MARK,
         differences=difference_rows(document),
         alike=indistinguishable(document),
@@ -63,7 +64,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         )
     parts += [f"**{answer['words']}**" for answer in document.get("recommendations", [])]
     parts += [f"Warning: {warning}" for warning in (*mixed_protocols(document), *_hardware_warning(document))]
-    parts += [f"- {variant}: {' '.join(sentence.split())}" for variant, sentence in what_failed(document)]
+    if failed := what_failed(document):
+        parts.append("\n".join(f"- {variant}: {' '.join(sentence.split())}" for variant, sentence in failed))
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,6 +101,20 @@ def settings(parameters: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{name} {value}" for name, value in (parameters or {}).items())
 
 
+def _grouped(document: Mapping[str, Any], missing: Sequence[tuple[str, list[str]]]) -> list[tuple[str, str]]:
+    """(titles, variants) of columns that the same variants lack; "all but a, b" where that is shorter."""
+    explained = {name for name, _ in what_failed(document)}
+    together: dict[tuple[str, ...], list[str]] = {}
+    for title, names in missing:
+        together.setdefault(tuple(names), []).append(title)
+    said = []
+    for names, titles in together.items():
+        others = [name for name in document["variants"] if name not in names and name not in explained]
+        of = f"all but {', '.join(others)}" if len(others) < len(names) else ", ".join(names)
+        said.append((", ".join(titles), of))
+    return said
+
+
 def _details(document: Mapping[str, Any], variant: str) -> dict[str, Any]:
     made_by = ancestors(document, variant)
     return {
@@ -109,10 +125,9 @@ def _details(document: Mapping[str, Any], variant: str) -> dict[str, Any]:
 
 
 def _hardware_warning(document: Mapping[str, Any]) -> Sequence[str]:
-    mixed = mixed_hardware(document)
-    if not mixed:
+    machines = hardware_words(document)
+    if not machines:
         return ()
-    machines = "; ".join(f"{', '.join(rows)} on {hardware}" for hardware, rows in mixed.items())
     return (f"Speed and memory were measured on different hardware, and can be compared only within it: {machines}.",)
 
 
@@ -127,6 +142,13 @@ def _runtimes(document: Mapping[str, Any]) -> list[tuple[str, dict[str, list[str
 
 def _source(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _breakable(name: str) -> str:
+    """A variant's name that a narrow column may break before its settings."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(name)).replace("[", "<wbr>["))
 
 
 def _numbered_svg() -> Callable[[Chart], str]:

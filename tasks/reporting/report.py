@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...storage.errors import write_error
+from .choice import task_title
 
 Row = Mapping[str, Any]
 NOISE_MARK = "≈"  # behind a value within noise of the base
@@ -120,15 +121,16 @@ def task_columns(table: Sequence[Row]) -> list[Column]:
     keys = dict.fromkeys(key for row in table for key, value in row.items() if isinstance(value, int | float))
     found = []
     for key in keys:
-        task, dot, metric = key.rpartition(".")
+        _, dot, metric = key.rpartition(".")
         if not dot or metric == "n" or key.endswith("_stderr"):
             continue
-        if metric in _SHARES:
+        title = task_title(key)
+        if metric.partition(",")[0] in _SHARES:
             spread = (f"{key}_stderr", lambda v: f" ± {100 * v:.1f}")
-            found.append(Column(f"{task} {metric}", key, lambda v: f"{100 * v:.1f} %", spread=spread))
+            found.append(Column(title, key, lambda v: f"{100 * v:.1f} %", spread=spread))
         else:
             spread = (f"{key}_stderr", lambda v: f" ± {v:.2g}")
-            found.append(Column(f"{task} {metric}", key, lambda v: f"{v:.4g}", spread=spread))
+            found.append(Column(title, key, lambda v: f"{v:.4g}", spread=spread))
     return found
 
 

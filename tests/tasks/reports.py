@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any
@@ -128,3 +129,32 @@ def full_document() -> dict[str, Any]:
             name: [{"prompt": p, "continuation": t} for p, t in zip(prompts, texts, strict=True)] for name in known
         },
     }  # fmt: skip
+
+
+LONG = "llama-3.2-1b-instruct-wanda-owl-then-gptq-4bit-group64-eora-rank32[seed=1, sparsity=0.6]"
+GPU = "Imaginary GPU, 24 GB"
+
+
+def crowded_document() -> dict[str, Any]:
+    """The same with what crowds a page: a long name, a collapsed variant, two kinds of hardware, many tasks."""
+    document = full_document()
+    renamed = json.loads(json.dumps(document).replace("gptq8", LONG))
+    draw = random.Random(1)
+    metrics = renamed["metrics"]
+    metrics["owl[sparsity=0.7]"]["perplexity"] = 3006.41
+    for name, found in metrics.items():
+        if name in renamed["variants"] and found and name != "shallow":
+            for task, level, questions in (("mmlu", 0.34, 14042), ("boolq", 0.7, 3270), ("gsm8k", 0.08, 1319)):
+                score = max(0.0, level - 0.1 * (math.log(found["perplexity"]) - 2.2) + draw.gauss(0, 0.01))
+                key = f"{task}.exact_match,strict-match" if task == "gsm8k" else f"{task}.acc"
+                stderr = math.sqrt(score * (1 - score) / questions)
+                found |= {key: score, f"{key}_stderr": stderr, f"{task}.n": questions}
+            found |= {"kl_nats": 0.01 + 0.3 * draw.random(), "top1_changed": 0.05 + 0.3 * draw.random()}
+    metrics["base"] |= {"kl_nats": 0.0, "top1_changed": 0.0}
+    for name in ("nf4", "int8"):
+        metrics[name] |= {
+            "hardware": GPU, "device_memory_bytes": int(3.1e8 if name == "int8" else 2.2e8), "prefill_ms_iqr": 0.2,
+            "prefill_ms": 4.11, "decode_ms_per_token": 7.9 if name == "int8" else 6.4, "decode_ms_per_token_iqr": 0.1,
+            "tokens_per_second": 156.2,
+        }  # fmt: skip
+    return renamed

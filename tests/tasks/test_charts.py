@@ -12,6 +12,7 @@ from coldpress.tasks.reporting.charts import (
     losses_by_step,
     perplexity_by_sparsity,
     shares_by_block,
+    shortened,
     smoothed,
 )
 
@@ -89,3 +90,8 @@ def test_smoothing_takes_the_mean_with_neighbours_on_both_sides() -> None:
     spike[50] = 5.0
     assert smoothed(spike) == [0.0] * 48 + [1.0] * 5 + [0.0] * 47
     assert smoothed(spike[50:])[:3] == [5 / 2, 5 / 3, 0.0]  # 50 steps: one neighbour on each side
+
+
+def test_long_names_keep_their_beginning_and_their_end() -> None:
+    assert shortened("gptq4", 5) == "gptq4"
+    assert shortened("gptq4[bits=3]", 9) == "gptq…s=3]"
