@@ -35,7 +35,7 @@ class Browser:
 
     def _address(self) -> str:
         said = self._folder / "profile" / "DevToolsActivePort"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             with suppress(FileNotFoundError, IndexError, httpx.HTTPError):
                 port = said.read_text().splitlines()[0]
@@ -72,7 +72,7 @@ class Browser:
 
     def read(self, *words: str) -> str:
         """Wait until the page has these words; what it says then."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         text = ""
         while time.monotonic() < deadline:
             text = str(self.ask("document.body ? document.body.innerText : ''"))

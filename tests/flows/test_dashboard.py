@@ -57,14 +57,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 300
-    while not _answers(f"{address}/api/health"):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.3)
-    yield address
-    process.terminate()
-    process.wait(60)
+    deadline = time.monotonic() + 600
+    try:
+        while not _answers(f"{address}/api/health"):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.3)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def _answers(address: str) -> bool:
