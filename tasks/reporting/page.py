@@ -108,9 +108,9 @@ def _grouped(document: Mapping[str, Any], missing: Sequence[tuple[str, list[str]
     for title, names in missing:
         together.setdefault(tuple(names), []).append(title)
     said = []
-    for names, titles in together.items():
-        others = [name for name in document["variants"] if name not in names and name not in explained]
-        of = f"all but {', '.join(others)}" if len(others) < len(names) else ", ".join(names)
+    for lacking, titles in together.items():
+        others = [name for name in document["variants"] if name not in lacking and name not in explained]
+        of = f"all but {', '.join(others)}" if len(others) < len(lacking) else ", ".join(lacking)
         said.append((", ".join(titles), of))
     return said
 

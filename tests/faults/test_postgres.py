@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from runs import environment
-from test_auto_resume import COLDPRESS, eventually
+from up_process import COLDPRESS, eventually
 
 pytestmark = pytest.mark.long
 PASSWORD, SECRET = "pg-s3cret", "team:api-s3cret"

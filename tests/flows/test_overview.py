@@ -117,7 +117,7 @@ def test_a_device_says_which_stage_has_it_until_the_stage_waits_again(client: An
     def tiny() -> None:
         work(str(prefect.runtime.flow_run.id))
 
-    with prefect.tags(*run_tags("tiny")):
+    with prefect.tags(*run_tags("tiny", "cpu")):
         tiny()
     limits.release(lease)
     had, lost = seen[-2:]

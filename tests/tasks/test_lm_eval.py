@@ -424,7 +424,7 @@ def test_templates_and_metrics_of_task_files_run_no_python_without_consent(
 
 
 def test_all_unknown_names_are_told_at_once(my_tasks: Path) -> None:
-    with pytest.raises(SourceError, match="'wrods'; did you mean 'words'.* no task 'endigns'; did you mean 'endings'"):
+    with pytest.raises(SourceError, match=r"'wrods'; did you mean 'words'.* no task 'endigns'; did you mean 'endings'"):
         content(["endings", "endigns", "words", "wrods"][::-1], str(my_tasks))
 
 
