@@ -9,7 +9,7 @@ log `$WATCHED/log` is {"event", "pid", "run", "node", "device", "key"}; events a
     published    it is written
     beaten       it was there already
 
-While there is a file `$WATCHED/hold` no stage gets past its third step.
+While there is a file `$WATCHED/hold` no stage gets past its fifth step.
 
 Who computes holds a lock on a file of the device and on one of the stage: the kernel frees it the moment its process
 dies, so nobody who is dead is ever counted.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from coldpress.storage.store import Action, Store
     from coldpress.tasks.stage import Parameters, Run, Stage
 
-HELD_AT = 3  # steps done
+HELD_AT = 5  # steps done
 
 
 def watch(folder: Path, pause: float) -> None:
