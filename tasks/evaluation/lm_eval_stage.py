@@ -168,10 +168,16 @@ def _load_tasks(parameters: LmEvalParameters, definitions: Definitions, seeds: t
         try:
             part = manager.load([name])
         except (OSError, ValueError, ImportError, RuntimeError, DatasetsError, http_error) as error:
-            sets = ", ".join(f"'{one}'" for one in define([name], parameters.include_path).data_sets())
+            data_sets = define([name], parameters.include_path).data_sets()
+            sets = ", ".join(f"'{one}'" for one in data_sets)
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name) == "1"]
             advice = f"; {offline[0]} is set, so it must have been downloaded before" if offline else ""
+            if any("/" in one for one in data_sets):
+                advice += (
+                    "; where the Hub is out of reach, copy the cache ($HF_HOME) of a machine that has loaded it, or "
+                    "name data files in a task of your own (include_path)"
+                )
             needed = f" with its data set {sets}" if sets else ""
             raise StageError(f"task '{name}' can't be loaded{needed}: {said}{advice}") from error
         loaded["tasks"].update(part["tasks"])

@@ -453,7 +453,8 @@ def test_a_data_set_that_is_not_here_is_named(import_model: Callable[..., Artifa
     entry = stage_named("evaluate/lm-eval")
     model = import_model("llama")
     with pytest.raises(
-        StageError, match=r"task 'arc_easy' can't be loaded with its data set 'allenai/ai2_arc': .*OFFLINE"
+        StageError,
+        match=r"task 'arc_easy' can't be loaded with its data set 'allenai/ai2_arc': .*OFFLINE.*copy the cache",
     ):
         compute(Run(store), entry, entry.parameters(tasks=["arc_easy"]), {"model": model})
 
