@@ -141,14 +141,14 @@ def test_leases_of_a_store_show_who_computes_what(client: Any, store: Store) -> 
 def test_runs_of_a_schedule_that_are_not_due_do_not_hide_others(client: Any, tiny_recipe: Path, store: Store) -> None:
     from prefect.states import Scheduled
 
-    def send() -> Any:
-        return submit(str(tiny_recipe), store, overrides=(), only=(), pool="coldpress", device="cpu")
-
-    due, later = send(), send()
-    client.set_flow_run_state(later.id, Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=1)), force=True)
-    names = [entry.run for entry in statuses(client, limit=1)]
-    assert due.run in names
-    assert later.run not in names
+    due = submit(str(tiny_recipe), store, overrides=(), only=(), pool="coldpress", device="cpu")
+    deployment = client.read_deployment_by_name("coldpress/coldpress")
+    tomorrow: Any = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=1))
+    asked = {"text": "name: tiny", "store": store.url}
+    later = client.create_flow_run_from_deployment(deployment.id, parameters=asked, state=tomorrow, tags=run_tags("x"))
+    names = [entry.id for entry in statuses(client, limit=1)]
+    assert str(due.id) in names
+    assert str(later.id) not in names
 
 
 def test_the_page_is_kept_fresh_in_place(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

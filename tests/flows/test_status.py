@@ -171,7 +171,7 @@ def test_the_command_prints_runs_devices_and_the_size_of_the_store(client: Any, 
     assert max(map(len, ended.output.splitlines())) <= 100
     document = json.loads(call("status", sent.run, "--json").stdout)
     assert document["runs"][0]["run"] == sent.run
-    assert document["store"]["bytes"] > 0
+    assert document["store"]["bytes"] == 0
 
 
 def test_priorities_are_queues_that_workers_empty_in_order(client: Any, send: Callable[..., Any]) -> None:
