@@ -181,5 +181,7 @@ def test_the_dashboard_shows_what_a_run_does_and_did(
     browser.open(f"{server}/artifacts/artifact/{artifact['id']}", "prune/wanda", "from block", f"of {BLOCKS}", "cpu on")
     browser.picture("provenance")
     (report,) = ask("/artifacts/filter", artifacts={"key": {"any_": ["seen-report"]}})
-    browser.open(f"{server}/artifacts/artifact/{report['id']}", "perplexity", "gptq", "what failed")
+    browser.open(
+        f"{server}/artifacts/artifact/{report['id']}", "gptq has the best perplexity", "because too_short failed"
+    )
     browser.picture("report")
