@@ -142,16 +142,14 @@ def _print_comparison(first: str, second: str, found: Mapping[str, Any], top: in
             ]
             table(("tensor", "|B - A| / |A|", "zeros in A", "zeros in B"), lines)
     if found["metrics"]:
-        figures = [
-            (
-                str(one["metric"]),
-                f"{one['a']:.6g}",
-                f"{one['b']:.6g}",
-                f"{one['change']:+.4g}",
-                str(one.get("words", "-")),
-            )
-            for one in found["metrics"]
-        ]
+        from ..tasks.reporting.report import write_value
+
+        figures = []
+        for one in found["metrics"]:
+            key = str(one["metric"])
+            change = ("-" if one["change"] < 0 else "+") + write_value(key, abs(one["change"]))
+            sides = (write_value(key, one["a"]), write_value(key, one["b"]))
+            figures.append((key, *sides, change, str(one.get("words", "-"))))
         table(("metric", "A", "B", "B - A", "95 % interval"), figures)
     elif not found["identical"]:
         console.print("nothing was measured of both in the same way")

@@ -105,8 +105,8 @@ def _grouped(document: Mapping[str, Any], missing: Sequence[tuple[str, list[str]
     """(titles, variants) of columns that the same variants lack; "all but a, b" where that is shorter."""
     explained = {name for name, _ in what_failed(document)}
     together: dict[tuple[str, ...], list[str]] = {}
-    for title, names in missing:
-        together.setdefault(tuple(names), []).append(title)
+    for title, without in missing:
+        together.setdefault(tuple(without), []).append(title)
     said = []
     for lacking, titles in together.items():
         others = [name for name in document["variants"] if name not in lacking and name not in explained]

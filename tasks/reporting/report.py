@@ -88,11 +88,11 @@ _SHARES = frozenset({"acc", "acc_norm", "exact_match", "em", "f1", "mc1", "mc2",
 def values(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One mapping a variant, from the document of `run --json`; what was not measured is absent.
 
-    After it come its evaluations that have names of their own, as "variant/name".
+    After it come its evaluations that have names of their own, as "variant/name", if a column shows a figure of theirs.
     """
     stages = {stage["name"]: stage for stage in document["stages"]}
     metrics = document["metrics"]
-    further = [name for name in metrics if name not in document["variants"]]
+    further = [name for name in metrics if name not in document["variants"] and _in_table(metrics[name])]
     return [
         {
             "variant": name,
@@ -104,6 +104,16 @@ def values(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         for variant in document["variants"]
         for name in (variant, *(one for one in further if one.rpartition("/")[0] == variant))
     ]
+
+
+def _in_table(metrics: Row) -> bool:
+    return bool(metrics.keys() & {column.key for column in COLUMNS}) or bool(task_columns([metrics]))
+
+
+def write_value(key: str, value: float) -> str:
+    """A figure as the table writes it; one without a column with six digits."""
+    found = [column for column in (*COLUMNS, *task_columns([{key: value}])) if column.key == key]
+    return found[0].write(value) if found else f"{value:.6g}"
 
 
 def columns(document: Mapping[str, Any]) -> list[Column]:

@@ -72,9 +72,8 @@ def recipe_of(tiny_model_folder: Callable[..., str], text_file: str, tmp_path: P
     return write
 
 
-@pytest.mark.parametrize(
-    "method", ["lm-eval", *(pytest.param(name, marks=pytest.mark.long) for name in ("generations", "perplexity"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("method", EVALUATIONS)
 def test_an_evaluation_killed_half_way_asks_only_what_is_left(
     method: str, recipe_of: Callable[[str], Path], tmp_path: Path, server: str
 ) -> None:

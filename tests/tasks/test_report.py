@@ -27,9 +27,9 @@ from coldpress.tasks.reporting.combine import combine
 from coldpress.tasks.reporting.dag import draw_graph
 from coldpress.tasks.reporting.explain import dashes, loading, mixed_hardware, mixed_protocols, what_failed
 from coldpress.tasks.reporting.page import by_prompt, markdown
-from coldpress.tasks.reporting.report import columns, rows, task_columns, values, write_report
+from coldpress.tasks.reporting.report import columns, rows, task_columns, values, write_report, write_value
 from coldpress.tasks.reporting.tradeoffs import compression_ratios, fronts, memory_by_time, place_labels
-from reports import CPU, full_document
+from reports import CPU, full_document, stage
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,21 @@ def test_the_table_has_what_was_measured_with_its_spread_and_marks_noise(documen
     assert row_of(document, "base")["arc_easy acc"] == "62.0 % ± 1.0"
     assert row_of(document, "base")["per token"] == "31.0 ms (IQR 0.8)"
     assert row_of(document, "awq4")["per token"] == "-"
+
+
+def test_an_evaluation_of_its_own_name_without_figures_has_no_row(document: dict[str, Any]) -> None:
+    more = {"nf4/texts": {"prompts": 3, "generated_tokens": 96}, "nf4/more": {"boolq.acc": 0.7}}
+    stages = [stage(name, "evaluate/x", {"model": "nf4"}) for name in more]
+    both = {"metrics": {**document["metrics"], **more}, "stages": [*document["stages"], *stages]}
+    named = [row["variant"] for row in values({**document, **both})]
+    assert "nf4/more" in named
+    assert "nf4/texts" not in named
+
+
+def test_figures_are_written_as_the_table_writes_them() -> None:
+    assert write_value("size_bytes", 118_100_000) == "118.1 MB"
+    assert write_value("arc_easy.acc", 0.5) == "50.0 %"
+    assert write_value("zeros", 0.500045) == "0.500045"
 
 
 def test_what_is_missing_is_explained(document: dict[str, Any]) -> None:
@@ -288,9 +303,9 @@ def test_several_runs_become_one_table_with_equal_artifacts_once(document: dict[
     other["metrics"] = {"base": {"boolq.acc": 0.7}, "gptq4": {"perplexity": 99.0}}
     other["generations"], other["runtimes"] = {}, {}
     other["differences"] = {"gptq4": {"perplexity": {"reference": "base", "within_noise": True}}}
-    for stage in other["stages"]:
-        if stage["name"] == "gptq4":
-            stage["artifact"] = "another"
+    for one in other["stages"]:
+        if one["name"] == "gptq4":
+            one["artifact"] = "another"
     found = combine([document, other])
     assert found["recipe"] == "everything, other"
     assert [name for name in found["variants"] if "gptq4" in name] == ["everything: gptq4", "other: gptq4"]
@@ -308,9 +323,9 @@ def test_several_runs_become_one_table_with_equal_artifacts_once(document: dict[
 def test_figures_that_contradict_each_other_stay_apart_and_are_warned_of(document: dict[str, Any]) -> None:
     other = renamed(document, "longer")
     other["metrics"]["base"]["perplexity"] = 7.0  # of the same artifact, on other windows
-    for stage in other["stages"]:
-        if stage["name"] == "held_out":
-            stage["artifact"] = "longer windows"
+    for one in other["stages"]:
+        if one["name"] == "held_out":
+            one["artifact"] = "longer windows"
     found = combine([document, other])
     assert found["metrics"]["everything: base"]["perplexity"] != found["metrics"]["longer: base"]["perplexity"] == 7.0
     (warning,) = mixed_protocols(found)
