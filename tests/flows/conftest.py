@@ -53,7 +53,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     configure_prefect()
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=900):
+    with prefect_test_harness(server_startup_timeout=120):
         yield
 
 
