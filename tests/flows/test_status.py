@@ -153,7 +153,9 @@ def test_logs_are_a_runs_own_oldest_first(client: Any, send: Callable[..., Any])
     assert list(logs(client, sent.run)) == ["2026-11-22 12:00:01 first", "2026-11-22 12:00:02 last"]
 
 
-def test_the_command_prints_runs_devices_and_the_size_of_the_store(client: Any, send: Callable[..., Any]) -> None:
+def test_the_command_prints_runs_devices_and_the_size_of_the_store(
+    client: Any, send: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from coldpress.flows.device_limits import DeviceLimits, limit_name
 
     limits = DeviceLimits(["7"])
@@ -163,12 +165,14 @@ def test_the_command_prints_runs_devices_and_the_size_of_the_store(client: Any, 
     assert {"host": place, "device": "7", "taken": True} in devices(client)
     limits.release(lease)
     sent = send()
+    monkeypatch.chdir(tmp_path)  # where there is no store yet
     ended = call("status", sent.run)
     assert ended.exit_code == 0, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith(sent.run)]
     assert line.split()[1:5:2] == ["tiny", "coldpress"]
     assert [place, "7", "free"] in [line.split() for line in ended.output.splitlines()]
-    assert max(map(len, ended.output.splitlines())) <= 100
+    tables = [line for line in ended.output.splitlines() if not line.startswith("store ")]
+    assert max(map(len, tables)) <= 100
     document = json.loads(call("status", sent.run, "--json").stdout)
     assert document["runs"][0]["run"] == sent.run
     assert document["store"]["bytes"] == 0
