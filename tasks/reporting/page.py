@@ -145,10 +145,10 @@ def _source(name: str) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A variant's name that a narrow column may break before its settings."""
+    """A variant's name that a narrow column may break before and between its settings."""
     from markupsafe import Markup, escape
 
-    return Markup(str(escape(name)).replace("[", "<wbr>["))
+    return Markup(str(escape(name)).replace("[", "<wbr>[").replace(",", ",<wbr>"))
 
 
 def _numbered_svg() -> Callable[[Chart], str]:
