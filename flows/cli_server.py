@@ -163,7 +163,7 @@ def prepare_command(pools: tuple[str, ...], heartbeat: int, webhook: str | None,
     with asking_the_server() as client:
         for pool in pools:
             prepare_queues(client, pool)
-        prepare_automations(client, heartbeat)
+        prepare_automations(client, heartbeat, watched=False)
         if webhook:
             notify(client, webhook, interruptions)
     click.echo("the server is prepared")

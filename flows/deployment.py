@@ -3,9 +3,9 @@
 All are found by name and made, or changed where they differ. An automation that is right is left alone: changing it
 would make Prefect forget the heartbeats it waits for, and with them the runs that died with the machine.
 
-Prefect evaluates an event for one automation after the other, on SQLite in transactions that fail when the first one's
-action writes meanwhile, and gives the event up after five times. So no other automation listens to what the first one
-acts on, and `reschedule_forgotten` looks after those of which the event was lost all the same.
+Crashed runs are scheduled again by `up` itself, which looks at the states that runs are in. An automation acts on an
+event without looking: on a loaded server it comes minutes late, or several times, and starts what has long been done,
+or what runs, on which Prefect's worker ends. It is made only for workers that `coldpress up` doesn't watch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_ATTEMPTS = 20
 HEARTBEAT_SECONDS = 30  # Prefect's least
 MISSED_HEARTBEATS = 3
 SECONDS_TO_START = 120
-SECONDS_UNTIL_FORGOTTEN = 20
+SECONDS_UNTIL_SCHEDULED = 4  # the worker reports a crash twice, and ends when it gets the run again in between
 GOES_ON = "goes on from what it has finished"
 
 NORMAL = "normal"  # what waits in the pool's own queue
@@ -68,10 +68,10 @@ def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None
     prepare_automations(client, heartbeat)
 
 
-def prepare_automations(client: SyncPrefectClient, heartbeat: int) -> None:
-    """Make sure of the automations."""
+def prepare_automations(client: SyncPrefectClient, heartbeat: int, *, watched: bool = True) -> None:
+    """Make sure of the automations. watched: `coldpress up` schedules crashed runs again."""
     flow_id = client.create_flow_from_name(FLOW)
-    for automation in automations(flow_id, heartbeat):
+    for automation in [*automations(flow_id, heartbeat), *([] if watched else [scheduling_again(flow_id)])]:
         ensure_automation(client, automation)
 
 
@@ -165,17 +165,11 @@ def _ensure_deployment(client: SyncPrefectClient, flow_id: UUID, pool: str) -> N
 
 
 def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
-    """Crashed runs are scheduled again, silent and stuck ones are Crashed, hopeless ones are given up."""
+    """Silent and stuck runs are Crashed, hopeless ones are given up."""
     from prefect.events import AutomationCore
 
     silence = MISSED_HEARTBEATS * heartbeat
     return [
-        AutomationCore(
-            name="coldpress: a crashed run is scheduled again",
-            description="A run that was killed, or pre-empted, goes on from what it has finished.",
-            trigger=trigger(flow_id, expect=events(*_CRASHED)),
-            actions=[_change("SCHEDULED", GOES_ON, name="AwaitingRetry")],
-        ),
         AutomationCore(
             name="coldpress: a silent run has crashed",
             description="A run died together with its worker when no heartbeat comes.",
@@ -205,6 +199,18 @@ def automations(flow_id: UUID, heartbeat: int) -> list[AutomationCore]:
             actions=[_change("FAILED", f"given up: it crashed {MAX_ATTEMPTS} times within an hour")],
         ),
     ]
+
+
+def scheduling_again(flow_id: UUID) -> AutomationCore:
+    """A crashed run is scheduled again."""
+    from prefect.events import AutomationCore
+
+    return AutomationCore(
+        name="coldpress: a crashed run is scheduled again",
+        description="A run that was killed, or pre-empted, goes on from what it has finished.",
+        trigger=trigger(flow_id, expect=events(*_CRASHED)),
+        actions=[_change("SCHEDULED", GOES_ON, name="AwaitingRetry")],
+    )
 
 
 def events(*names: str) -> set[str]:
@@ -268,8 +274,8 @@ def _content(automation: AutomationCore) -> Any:
     return content
 
 
-def reschedule_forgotten(client: SyncPrefectClient) -> None:
-    """Schedule runs that have been Crashed for a while: no automation seems to have seen it."""
+def schedule_crashed(client: SyncPrefectClient) -> None:
+    """Schedule the runs that are Crashed, or Pre-empted, just now."""
     from prefect.client.schemas.filters import (
         FlowFilter,
         FlowFilterName,
@@ -284,5 +290,5 @@ def reschedule_forgotten(client: SyncPrefectClient) -> None:
     for flow_run in client.read_flow_runs(flow_filter=ours, flow_run_filter=crashed):
         if flow_run.deployment_id is None or flow_run.state is None:
             continue
-        if datetime.now(UTC) - flow_run.state.timestamp > timedelta(seconds=SECONDS_UNTIL_FORGOTTEN):
+        if datetime.now(UTC) - flow_run.state.timestamp > timedelta(seconds=SECONDS_UNTIL_SCHEDULED):
             client.set_flow_run_state(flow_run.id, AwaitingRetry(message=GOES_ON))

@@ -37,7 +37,7 @@ from rich.text import Text
 
 from ..storage.errors import ColdpressError
 from ..storage.store import Store
-from .deployment import FLOW, MAX_ATTEMPTS
+from .deployment import FLOW, GOES_ON, MAX_ATTEMPTS
 from .execution import grace_seconds
 from .prefect_server import ServerAway
 from .provenance import show_report
@@ -115,6 +115,8 @@ def _attempt(
         return Failed(message=f"given up after {cap} attempts; `coldpress submit` goes on from what they have done")
     if flow_run.run_count > 1:
         close_dead_task_runs(flow_run)
+        if (ended := _end_before(flow_run)) is not None:
+            _end_quietly(ended)
     left = None if deadline is None else deadline - _seconds_since_first_start(flow_run)
     if left is not None and left <= 0:
         return _out_of_time(deadline)
@@ -149,6 +151,20 @@ def _attempt(
     elif result.stopped_by is not None or (result.out_of_budget and result.unfinished):
         _end_quietly(end_state(result))
     return end_state(result)
+
+
+def _end_before(flow_run: FlowRun) -> State[Any] | None:
+    """How the run had ended already, if only an automation that came late has scheduled it again; else None."""
+    with get_client(sync_client=True) as client:
+        past = sorted(client.read_flow_run_states(flow_run.id), key=lambda state: state.timestamp)
+    ends = [place for place, state in enumerate(past) if state.is_final() and not state.is_crashed()]
+    if not ends:
+        return None
+    again = next((state for state in past[ends[-1] :] if state.is_scheduled()), None)
+    if again is None or again.message != GOES_ON:
+        return None  # by a person
+    ended = past[ends[-1]]
+    return State(type=ended.type, name=ended.name, message=ended.message)
 
 
 def _out_of_time(deadline: float | None) -> State[Any]:

@@ -23,14 +23,14 @@ from typing import IO, Any, NoReturn
 import httpx
 
 from ..storage.errors import ColdpressError
-from .deployment import prepare_server, reschedule_forgotten
+from .deployment import prepare_server, schedule_crashed
 from .execution import grace_seconds
 from .overview import keep_showing
 
 Say = Callable[[str], None]
 
 _SECONDS_TO_START = 600.0  # a loaded machine takes minutes; a server that has died is noticed at once
-_SECONDS_BETWEEN_LOOKS = 10.0
+_SECONDS_BETWEEN_LOOKS = 2.0
 _LONGEST_PAUSE = 60.0
 _LASTING = 60.0  # a child that lived so long has started well: the next pause is short again
 
@@ -178,7 +178,7 @@ def _watch(children: Sequence[Child], say: Say) -> NoReturn:
             if time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
                 looked = time.monotonic()
                 with contextlib.suppress(httpx.HTTPError):  # the server is away; the next time, then
-                    reschedule_forgotten(client)
+                    schedule_crashed(client)
 
 
 def _settings(api: str, options: Options) -> Mapping[str, str]:

@@ -11,7 +11,13 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 from coldpress.flows.cli import main
-from coldpress.flows.deployment import automations, prepare_server
+from coldpress.flows.deployment import (
+    GOES_ON,
+    automations,
+    prepare_server,
+    schedule_crashed,
+    scheduling_again,
+)
 from coldpress.flows.prefect_server import ServerAway
 from coldpress.flows.recipe import find_recipe, load_recipe, parse_recipe
 from coldpress.flows.submit import submit
@@ -96,6 +102,34 @@ def test_an_attempt_that_can_not_reach_the_server_has_crashed_and_will_be_schedu
         assert str(error) in str(state.message)
 
 
+def test_only_what_is_crashed_is_scheduled_again_and_what_had_ended_ends_again(
+    server: Any, tiny_recipe: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coldpress.flows import deployment, submitted
+    from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Running
+
+    prepare_server(server, "coldpress", 30)
+    monkeypatch.setattr(deployment, "SECONDS_UNTIL_SCHEDULED", 0)
+    sent = submit(str(tiny_recipe), store, overrides=(), only=(), pool="coldpress", device="cpu")
+
+    def through(*states: Any) -> Any:
+        for state in states:
+            server.set_flow_run_state(sent.id, state, force=True)
+        schedule_crashed(server)
+        return server.read_flow_run(sent.id)
+
+    assert through(Running(), Crashed()).state.name == "AwaitingRetry"
+    assert submitted._end_before(server.read_flow_run(sent.id)) is None
+    assert through(Running(), Cancelled(message="by hand")).state.name == "Cancelled"
+    again = through(AwaitingRetry(message="by a person"), Running(), Crashed())
+    assert again.state.name == "AwaitingRetry"
+    assert submitted._end_before(again) is None
+    late = through(Running(), Completed(message="all stages finished"), AwaitingRetry(message=GOES_ON), Running())
+    ended = submitted._end_before(late)
+    assert ended is not None
+    assert (ended.name, ended.message) == ("Completed", "all stages finished")
+
+
 def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None:
     def present() -> dict[str, tuple[Any, Any]]:
         found = [a for a in server.read_automations() if a.name.startswith("coldpress: a ")]  # not notifications
@@ -105,7 +139,7 @@ def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None
     first = present()
     prepare_server(server, "coldpress", 30)
     assert present() == first
-    assert len(first) == 4
+    assert len(first) == 3
     prepare_server(server, "other", 60)
     changed = {name for name, content in present().items() if content != first[name]}
     assert changed == {"coldpress: a silent run has crashed"}
@@ -114,7 +148,7 @@ def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None
 
 def test_automations_act_on_our_runs_only(server: Any) -> None:
     flow = server.create_flow_from_name("coldpress")
-    for automation in automations(flow, 30):
+    for automation in [*automations(flow, 30), scheduling_again(flow)]:
         assert automation.trigger.match_related.model_dump() == {
             "prefect.resource.id": f"prefect.flow.{flow}",
             "prefect.resource.role": "flow",
