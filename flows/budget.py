@@ -57,10 +57,7 @@ class Budget:
         self.allowed = allowed
         self._clock = clock
         self._lock = threading.Lock()
-        self._before = 0.0
-        for path, _ in store.files.list(self._folder):
-            with contextlib.suppress(FileNotFoundError):  # another run of it has just ended
-                self._before += float(unseal(store.files.read(path), path)["seconds"]) if path != self._path else 0.0
+        self._others = self._spent_by_others()
         self._spent = 0.0
         self._recorded = 0.0
         self._holders = 0
@@ -73,7 +70,7 @@ class Budget:
         """Seconds, of all attempts."""
         with self._lock:
             self._advance()
-            return self._before + self._spent
+            return self._others + self._spent
 
     @contextlib.contextmanager
     def metered(self) -> Iterator[None]:
@@ -114,6 +111,7 @@ class Budget:
             if self._clock() - recorded >= SECONDS_BETWEEN_RECORDS:
                 recorded = self._clock()
                 self._record()
+                self._hear_of_others()
 
     def _is_over(self) -> bool:
         is_over = self.used >= self.allowed
@@ -134,8 +132,28 @@ class Budget:
         self._spent += (now - self._at) * self._holders
         self._at = now
 
+    def _hear_of_others(self) -> None:
+        """What others use meanwhile, on other machines, comes off too."""
+        try:
+            others = self._spent_by_others()
+        except StoreError as error:
+            logger.warning("device time that others used could not be read: %s", error)
+            return
+        with self._lock:
+            self._others = others
+
+    def _spent_by_others(self) -> float:
+        seconds = 0.0
+        for path, _ in self._store.files.list(self._folder):
+            if path != self._path:
+                with contextlib.suppress(FileNotFoundError):  # another run of it has just ended
+                    seconds += float(unseal(self._store.files.read(path), path)["seconds"])
+        return seconds
+
     def _record(self) -> None:
-        spent = self.used - self._before
+        with self._lock:
+            self._advance()
+            spent = self._spent
         if spent == self._recorded:
             return
         try:

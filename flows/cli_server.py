@@ -87,6 +87,14 @@ def up_command(
 @deadline_option
 @budget_option
 @click.option("--cron", metavar="'0 3 * * *'", help="Run it at these times (UTC) rather than once.")
+@click.option(
+    "--spread",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Send it to N workers, which share its branches through the store.",
+)
 @click.option("--wait", is_flag=True, help="Follow the run; exit as `run` would.")
 @report_option
 @answers_errors
@@ -101,6 +109,7 @@ def submit_command(
     deadline: float | None,
     budget: float | None,
     cron: str | None,
+    spread: int,
     wait: bool,
     report_folder: str | None,
 ) -> None:
@@ -110,6 +119,8 @@ def submit_command(
 
     if cron and wait:
         raise ColdpressError("--wait follows one run, and --cron makes a schedule; leave one of them out")
+    if cron and spread > 1:
+        raise ColdpressError("--spread is for one run, and --cron makes a schedule; leave one of them out")
 
     store = open_store(store_url)
     submitted = submit(
@@ -123,6 +134,7 @@ def submit_command(
         deadline=deadline,
         budget=budget,
         cron=cron,
+        spread=spread,
     )
     click.echo(f"{'schedule' if cron else 'run'} {submitted.run}, on the server {submitted.id}")
     if submitted.url:

@@ -1,8 +1,8 @@
 """The body of a run: each node a task, its stage looked up, waited for, computed or resumed, and what may go wrong.
 
 Between tasks pass artifact references. A stage that is not cached is computed by whoever gets its lease; other runs
-wait for the result. Signals ask the computing processes to stop; an input that turns out to be damaged is computed
-again first.
+wait for the result, and meanwhile go on with what nobody computes: so do several runs of one recipe share its
+branches. Signals ask the computing processes to stop; an input that turns out to be damaged is computed again first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..storage.artifacts import Artifact
 from ..storage.digests import digest_of
 from ..storage.errors import ColdpressError, DamagedBlob
 from ..storage.journal import unfinished
-from ..storage.leases import Claim, Heartbeat, Lease, LeaseLost
+from ..storage.leases import Claim, Heartbeat, LeaseLost
 from ..storage.store import Action, Store
 from ..tasks.stage import Preempted, lookup, preimage
 from .budget import Budget
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LOOKS = 2.0  # at another job's lease
 REPAIRS = 3  # of a stage's inputs, before it fails
 DEATHS = 1  # of a stage's computing process, which it survives: it goes on in a new one
+
+
+class _Elsewhere(Exception):
+    """Another job computes, or has computed, the stage that was waiting for a device."""
 
 
 class Execution:
@@ -64,6 +68,8 @@ class Execution:
         self._seconds = seconds
         self._budget = budget
         self._saving = threading.Lock()
+        self._elsewhere: set[str] = set()  # nodes that another job computes
+        self._moved = threading.Event()
 
     def flow(self, recipe: str, store: str, overrides: list[str]) -> State[Any]:
         """The flow's body; its parameters are there to be seen on the dashboard."""
@@ -71,7 +77,7 @@ class Execution:
         return end_state(self.result)
 
     def run(self) -> None:
-        """Submit all nodes to the task runner of the present flow run, and wait for them."""
+        """Submit all nodes to the task runner of the present flow run as they can begin, and wait for them."""
         futures: dict[str, Any] = {}
         try:
             with self._heeding_signals(), self._heeding_deadline(), self._heeding_budget():
@@ -81,14 +87,10 @@ class Execution:
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
-        from prefect import allow_failure
         from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
         from prefect.exceptions import PrefectException
 
-        for node in self.recipe.nodes:
-            # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
-            inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
-            futures[node.name] = self._task(node).submit(node.name, **inputs)
+        self._submit_all(futures)
         for node in self.recipe.nodes:
             try:
                 futures[node.name].wait()
@@ -102,6 +104,29 @@ class Execution:
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
                 why = self.result.cut_off or why
                 self.terminal.finish(node.name, "skipped", 0, why)
+
+    def _submit_all(self, futures: dict[str, Any]) -> None:
+        """Submit each node when its inputs have ended and a slot may be free for it; first come those written first."""
+        from prefect import allow_failure
+
+        left, ended = list(self.recipe.nodes), set[str]()
+
+        def end(name: str) -> None:
+            ended.add(name)
+            self._moved.set()
+
+        while left:
+            self._moved.clear()
+            under_way = len(futures.keys() - ended - self._elsewhere)
+            ready = [node for node in left if ended.issuperset(node.inputs.values())]
+            for node in ready[: max(self._slots.threads, 1) - under_way]:
+                # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
+                inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
+                futures[node.name] = self._task(node).submit(node.name, **inputs)
+                futures[node.name].add_done_callback(lambda _, name=node.name: end(name))
+                left.remove(node)
+            if left:
+                self._moved.wait()
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Iterator[None]:
@@ -259,19 +284,13 @@ class Execution:
         claim = Claim(self.store, digest_of(image), about)
         deaths = 0
         while True:
-            lease = claim.acquire()
-            if lease is None:
+            action = None
+            if claim.is_taken():
                 self._wait_for(node, claim, shown)
-                if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
-                    return action, "cached"
-                continue
-            with Heartbeat(self.store, lease, about) as heartbeat:
-                # Between the last look-up and the lease another job may have finished.
-                if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
-                    return action, "cached"
+            else:
+                self._elsewhere.discard(node.name)
                 try:
-                    action = self._compute(node, artifacts, lease, heartbeat, shown)
-                    return action, "resumed" if "resumed" in action.provenance else "computed"
+                    action = self._compute(node, artifacts, claim, about, shown)
                 except LeaseLost as error:
                     self.terminal.say(f"  {node.name}: {error}")
                 except WorkerDied as error:
@@ -279,6 +298,10 @@ class Execution:
                     if deaths > DEATHS:
                         raise
                     self.terminal.say(f"  {node.name}: {error}; going on in a new one")
+            if action is not None:
+                return action, "resumed" if "resumed" in action.provenance else "computed"
+            if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
+                return action, "cached"
 
     def _wait_for(self, node: Node, claim: Claim, shown: _ProgressArtifact) -> None:
         """Wait a moment for another job, showing which. Raises Preempted."""
@@ -287,6 +310,8 @@ class Execution:
             text = f"waiting for run {holder['run']} on {holder['host']} (process {holder['pid']})"
             self.terminal.wait(node.name, text, holder["doing"])
             shown.describe(f"{text} {holder['doing']}")
+        self._elsewhere.add(node.name)
+        self._moved.set()
         self._slots.pause(SECONDS_BETWEEN_LOOKS)
         if self._slots.stopping:
             raise Preempted("was waiting for another job when the run was asked to stop")
@@ -295,16 +320,20 @@ class Execution:
         self,
         node: Node,
         artifacts: Mapping[str, Artifact],
-        lease: Lease,
-        heartbeat: Heartbeat,
+        claim: Claim,
+        about: Mapping[str, Any],
         shown: _ProgressArtifact,
-    ) -> Action:
+    ) -> Action | None:
+        """Compute a stage on a slot, or None when another job was first. A lease is taken only with a slot at hand:
+        who waits for a device must not keep the stage from others who have one.
+        """
         pace, place = Pace(), ""
 
-        def progress(what: str, done: int, total: int) -> None:
-            self.terminal.advance(node.name, what, done, total)
-            heartbeat.doing = f"{pace.describe(what, done, total)}{place}"
-            shown.update(100.0 * done / total, heartbeat.doing)
+        def waiting(text: str) -> None:
+            self.terminal.wait(node.name, text, "")
+            shown.describe(text)
+            if claim.is_taken() or lookup(self.store, node.stage, node.parameters, artifacts, self.device):
+                raise _Elsewhere
 
         context = {
             "run": self.result.run,
@@ -312,21 +341,33 @@ class Execution:
             "recipe": self.recipe.name,
             "node": node.name,
         }
+        try:
+            with self._slots.taken(node.stage, waiting) as worker:
+                lease = claim.acquire()
+                if lease is None:
+                    return None
+                with Heartbeat(self.store, lease, about) as heartbeat:
+                    # Between the last look-up and the lease another job may have finished.
+                    if lookup(self.store, node.stage, node.parameters, artifacts, self.device):
+                        return None
 
-        def waiting(text: str) -> None:
-            self.terminal.wait(node.name, text, "")
-            heartbeat.doing = text
-            shown.describe(text)
+                    def progress(what: str, done: int, total: int) -> None:
+                        self.terminal.advance(node.name, what, done, total)
+                        heartbeat.doing = f"{pace.describe(what, done, total)}{place}"
+                        shown.update(100.0 * done / total, heartbeat.doing)
 
-        with self._slots.taken(node.stage, waiting) as worker:
-            if worker.visible:
-                place = f", on device {worker.visible}"
-                context["visible_device"] = worker.visible
-                heartbeat.doing = f"beginning{place}"
-                shown.take(worker.visible, heartbeat.doing)
-            metered = self._budget.metered() if self._budget and node.stage.on_device else contextlib.nullcontext()
-            with metered:
-                return worker.compute(self.store, node.stage, node.parameters, artifacts, context, progress, lease)
+                    if worker.visible:
+                        place = f", on device {worker.visible}"
+                        context["visible_device"] = worker.visible
+                        heartbeat.doing = f"beginning{place}"
+                        shown.take(worker.visible, heartbeat.doing)
+                    budget = self._budget if node.stage.on_device else None
+                    with budget.metered() if budget else contextlib.nullcontext():
+                        return worker.compute(
+                            self.store, node.stage, node.parameters, artifacts, context, progress, lease
+                        )
+        except _Elsewhere:
+            return None
 
     def _name_journals_that_do_not_fit(self, node: Node, image: Mapping[str, Any]) -> None:
         """Say of earlier unfinished attempts at this node why they are of no use now."""

@@ -63,6 +63,11 @@ def run_tags(recipe: str, device: str) -> list[str]:
     return [RUN_TAG, f"recipe:{recipe}", f"user:{user}", f"device:{device}"]
 
 
+def spread_tag(run: str) -> str:
+    """By what the flow runs are found over which a run is spread."""
+    return f"spread:{run}"
+
+
 def run_recipe(
     recipe: Recipe,
     store: Store,
@@ -230,13 +235,15 @@ def _run_on_prefect(
         configure_prefect()
         import prefect
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+        from prefect.task_runners import ThreadPoolTaskRunner
 
         reach_server()
         execution = Execution(recipe, store, terminal, result, shared, device, seconds, metered)
+        task_runner: Any = ThreadPoolTaskRunner()  # a thread for each stage that waits or computes
         flow: Flow[Any, Any] = prefect.flow(
             name=recipe.name,
             flow_run_name=result.run,
-            task_runner=_task_runner(max(shared.threads, 1)),
+            task_runner=task_runner,
             persist_result=False,
             validate_parameters=False,
         )(_with_report(execution, recipe, store, result))
@@ -261,11 +268,3 @@ def _with_report(execution: Execution, recipe: Recipe, store: Store, result: Run
         return state
 
     return body
-
-
-def _task_runner(threads: int) -> Any:
-    from prefect.task_runners import ThreadPoolTaskRunner
-
-    # One thread a slot: what waits for one shows as pending. Nodes are submitted in an order in which inputs
-    # come first, so a full pool never waits for a queued node.
-    return ThreadPoolTaskRunner(max_workers=threads)

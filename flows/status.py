@@ -14,7 +14,7 @@ from uuid import UUID
 
 from ..storage.errors import ColdpressError
 from .device_limits import device_of
-from .run import RUN_TAG
+from .run import RUN_TAG, spread_tag
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -115,7 +115,10 @@ def devices(client: SyncPrefectClient, runs: Sequence[RunStatus] = ()) -> list[d
 
 
 def find_run(client: SyncPrefectClient, name: str) -> FlowRun:
-    """The flow run of a run's id in the store, or on the server, or the unique beginning of either."""
+    """The flow run of a run's id in the store, or on the server, or the unique beginning of either.
+
+    The parts of a run that is spread have ids that begin with its own.
+    """
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -124,9 +127,10 @@ def find_run(client: SyncPrefectClient, name: str) -> FlowRun:
         pass
     known = _newest(client, _PAGE)
     fits = [flow_run for flow_run in known if run_id(flow_run).startswith(name) or str(flow_run.id).startswith(name)]
-    if len(fits) == 1:
-        return fits[0]
     if fits:
+        first = min(fits, key=lambda flow_run: len(run_id(flow_run)))
+        if all(run_id(flow_run).startswith(run_id(first)) for flow_run in fits):
+            return first
         raise ColdpressError(f"'{name}' fits {len(fits)} runs; write more of its id")
     raise ColdpressError(f"the server has no run '{name}' among the last {_PAGE}; `coldpress status` shows them")
 
@@ -146,15 +150,39 @@ def workers_of(client: SyncPrefectClient, pool: str) -> int:
 
 
 def cancel(client: SyncPrefectClient, name: str) -> str:
-    """Ask a submitted run to stop for good, its work kept; returns its id in the store. Raises ColdpressError."""
-    from prefect.states import Cancelled, Cancelling
+    """Ask a submitted run to stop for good, its work kept; returns its id in the store. Raises ColdpressError.
 
+    Of one that is spread all parts are.
+    """
     flow_run = find_run(client, name)
     run, state = run_id(flow_run), flow_run.state
-    if state is not None and state.is_final() and not state.is_crashed():
-        raise ColdpressError(f"run {run} has ended already: {state.name}")
+    going_on = [part for part in {flow_run.id: flow_run, **_parts(client, run)}.values() if not _has_ended(part)]
+    if not going_on:
+        raise ColdpressError(f"run {run} has ended already: {state.name if state else 'no state'}")
     if flow_run.deployment_id is None:
         raise ColdpressError(f"run {run} was not submitted: end it with Ctrl-C or SIGTERM where it runs")
+    for part in going_on:
+        _cancel(client, part)
+    return run
+
+
+def _has_ended(flow_run: FlowRun) -> bool:
+    state = flow_run.state
+    return state is not None and state.is_final() and not state.is_crashed()
+
+
+def _parts(client: SyncPrefectClient, run: str) -> dict[UUID, FlowRun]:
+    """The flow runs over which a run is spread."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[spread_tag(run)]))
+    return {part.id: part for part in client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE)}
+
+
+def _cancel(client: SyncPrefectClient, flow_run: FlowRun) -> None:
+    from prefect.states import Cancelled, Cancelling
+
+    state = flow_run.state
     runs = state is not None and (state.is_running() or state.is_pending() or state.is_cancelling())
     message = "cancelled; all finished work is kept"
     # Nobody is there who could end what doesn't run.
@@ -164,8 +192,8 @@ def cancel(client: SyncPrefectClient, name: str) -> str:
         force=state is not None and state.is_crashed(),
     )
     if answer.status.value != "ACCEPT":
-        raise ColdpressError(f"the server did not cancel run {run}: {getattr(answer.details, 'reason', answer.status)}")
-    return run
+        reason = getattr(answer.details, "reason", answer.status)
+        raise ColdpressError(f"the server did not cancel run {run_id(flow_run)}: {reason}")
 
 
 def logs(client: SyncPrefectClient, name: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from .deployment import FLOW, NORMAL, Submitted, schedule
 from .plan import prepare
 from .prefect_server import answers_as_sentences, configure_prefect, reach_server, server_configured
 from .recipe import find_recipe, parse_recipe
-from .run import new_run_id, record_plan, run_tags
+from .run import new_run_id, record_plan, run_tags, spread_tag
 from .status import workers_of
 
 if TYPE_CHECKING:
@@ -36,10 +36,13 @@ def submit(
     deadline: float | None = None,
     budget: float | None = None,
     cron: str | None = None,
+    spread: int = 1,
 ) -> Submitted:
     """Check a recipe as `run` does and send it to the server, its text and all. Raises ColdpressError.
 
     cron: make a schedule for it instead of a run; the id is then the deployment's. deadline, budget: in seconds.
+    spread: as so many flow runs, each of the whole recipe, on whatever workers take them. The store's leases see to it
+    that each stage is computed by one of them; any of them can finish alone.
     """
     path, text, folder = find_recipe(name)
     recipe = parse_recipe(path, text, folder, overrides)
@@ -84,17 +87,22 @@ def submit(
         if cron is not None:
             del parameters["run"]  # each has its own
             return schedule(client, deployment, recipe.name, cron, parameters, tags, queue)
-        record_plan(recipe, store, plan, run)  # by which the worker sees that it has come to the same store
-        flow_run = client.create_flow_run_from_deployment(
-            deployment.id,
-            parameters=parameters,
-            name=f"{recipe.name} {run}",
-            tags=tags,
-            work_queue_name=queue,
-            idempotency_key=run,  # the client asks again when an answer was lost
-        )
+        if spread > 1:
+            tags.append(spread_tag(run))
+        sent = []
+        for part in (run, *(f"{run}-{number}" for number in range(2, spread + 1))):
+            record_plan(recipe, store, plan, part)  # by which the worker sees that it has come to the same store
+            flow_run = client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters=parameters | {"run": part},
+                name=f"{recipe.name} {part}",
+                tags=tags,
+                work_queue_name=queue,
+                idempotency_key=part,  # the client asks again when an answer was lost
+            )
+            sent.append(flow_run)
         idle = workers_of(client, pool) == 0
-    return Submitted(run, flow_run.id, url_for(flow_run), idle)
+    return Submitted(run, sent[0].id, url_for(sent[0]), idle)
 
 
 def follow(submitted: Submitted, say: Callable[[str], None]) -> str:

@@ -7,7 +7,6 @@ and in its journals what they had begun. How an attempt ends decides what comes 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import signal
@@ -58,17 +57,9 @@ def worker_slots() -> tuple[tuple[str, ...], int]:
     return check_devices(os.environ.get("COLDPRESS_DEVICES"), int(slots) if slots else None)
 
 
-def _threads() -> int:
-    """One for each slot, and one for stages that need no device. What is wrong is told when the run begins."""
-    with contextlib.suppress(ColdpressError):
-        devices, slots = worker_slots()
-        return slots + 1 if devices else slots
-    return 1
-
-
 @prefect.flow(
     name=FLOW,
-    task_runner=cast("TaskRunner[Any]", ThreadPoolTaskRunner(max_workers=_threads())),
+    task_runner=cast("TaskRunner[Any]", ThreadPoolTaskRunner()),
     persist_result=False,
     retries=0,
 )

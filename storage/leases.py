@@ -92,16 +92,25 @@ class Claim:
 
     def acquire(self) -> Lease | None:
         """The lease, or None while another job has it; `holder` then says what is known of that job."""
+        newest = self._look()
+        return None if newest is None else self._create(newest + 1)
+
+    def is_taken(self) -> bool:
+        """Whether another job has the lease; `holder` then says what is known of that job."""
+        return self._look() is None
+
+    def _look(self) -> int | None:
+        """The newest epoch, 0 if there is none yet; None while it is alive."""
         epochs = _epochs(self._store, self._key)
         if not epochs:
-            return self._create(1)
+            return 0
         newest = max(epochs)
         state, record = _read(self._store, self._key, newest)
         if state != (self._seen[1] if self._seen and self._seen[0] == newest else None):
             self._seen, self._since = (newest, state), time.monotonic()
         self.holder = record or {}
         if _is_dead_here(self.holder) or time.monotonic() - self._since >= stale_seconds():
-            return self._create(newest + 1)
+            return newest
         return None
 
     def _create(self, epoch: int) -> Lease | None:
