@@ -1,7 +1,7 @@
 """The command line. Every command answers errors with one sentence on standard error and exit status 2.
 
-Exit status: 0 all well; 1 a stage failed (or `verify` found damage); 2 the request can't be carried out;
-130 interrupted.
+Exit status: 0 all well; 1 a stage failed, a deadline or budget ended the run, or `verify` found damage; 2 the request
+can't be carried out; 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -107,6 +107,11 @@ def run(
     if result.out_of_budget and result.unfinished and result.device_seconds:
         click.echo(used_up(**result.device_seconds), err=True)
         sys.exit(1)  # and not as one that is to be started again
+    if result.out_of_time and result.unfinished:
+        click.echo(
+            "its deadline has come: all finished work is kept, and the same command goes on from there", err=True
+        )
+        sys.exit(1)
     if result.stopped_by is not None:
         click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
         sys.exit(128 + result.stopped_by)

@@ -1,9 +1,10 @@
 """Garbage collection: what nobody needs any more, why, and deleting it safely while jobs run.
 
 Kept is what these lead to: names (refs), pins, runs of the last days, the inputs of leases, and journals of unfinished
-stages. Whatever was written or relied upon within the grace period is kept too, since a running job may be about to
-point at it; ages are by the clock of the place where the store is. Deleting goes from the roots down (actions, then
-manifests, then blobs), and each file's age is looked at again just before.
+stages; what unfinished runs used of their budgets is kept as long as runs are. Whatever was written or relied upon
+within the grace period is kept too, since a running job may be about to point at it; ages are by the clock of the place
+where the store is. Deleting goes from the roots down (actions, then manifests, then blobs), and each file's age is
+looked at again just before.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ RESULT = "results without a name, a pin or a recent run"
 BLOB = "content of no kept result"
 JOURNAL = "journals of stages that are done or were given up"
 LEASE = "leases of jobs that ended"
+SPENT = "budgets of runs that were given up"
 LEFTOVER = "files that killed processes left half-written"
 DAMAGED = "damaged files that were set aside"
-REASONS = (ACTION, RESULT, BLOB, JOURNAL, LEASE, LEFTOVER, DAMAGED)  # the order of deletion
+REASONS = (ACTION, RESULT, BLOB, JOURNAL, LEASE, SPENT, LEFTOVER, DAMAGED)  # the order of deletion
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def delete_garbage(store: Store, garbage: list[Garbage], *, grace: float = DAY) 
 
 def _folder_of(reason: str) -> str:
     return {
-        ACTION: "actions", RESULT: "artifacts", BLOB: "blobs", JOURNAL: "journals", LEASE: "leases", LEFTOVER: "tmp",
-        DAMAGED: "damaged",
+        ACTION: "actions", RESULT: "artifacts", BLOB: "blobs", JOURNAL: "journals", LEASE: "leases", SPENT: "spent",
+        LEFTOVER: "tmp", DAMAGED: "damaged",
     }[reason]  # fmt: skip
 
 
@@ -98,6 +100,9 @@ class _Search:
         yield from self._of(BLOB, blobs, {blob_path(one) for one in self._blobs})
         yield from self._of(JOURNAL, self._old("journals", JOURNAL), {p for paths in journals.values() for p in paths})
         yield from self._of(LEASE, self._old("leases", LEASE), set())
+        spent = self._store.files.ages("spent")
+        long_ago = [path for path in self._old("spent", SPENT) if spent.get(path, 0.0) >= self._keep_runs]
+        yield from self._of(SPENT, long_ago, set())
         yield from self._of(LEFTOVER, self._old("tmp", LEFTOVER), set())
         yield from self._of(DAMAGED, self._old("damaged", DAMAGED), set())
         going = set(artifacts)

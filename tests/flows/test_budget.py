@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,22 @@ def test_a_used_up_budget_is_told_once_and_lets_no_stage_begin(
             with pytest.raises(Preempted, match=r"60 s of device time, and 60 s are allowed; .* a larger --budget"):
                 budget.metered().__enter__()
     assert told == [60]
+
+
+def test_what_others_use_at_the_same_time_comes_off_too(
+    attempt: Callable[..., Budget], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "SECONDS_BETWEEN_LOOKS", 0.01)
+    over = threading.Event()
+    here, there = attempt("r1-1", allowed=200), attempt("r2-1", allowed=200)
+    with here.watched(over.set):
+        spend(there, clock, 120)
+        with here.metered():
+            clock.now += 79
+            assert not over.wait(0.2)
+            clock.now += 1
+            assert over.wait(20)
+            assert here.used == 200
 
 
 def test_equal_recipes_share_an_account_and_changed_ones_do_not(tiny_recipe: Path) -> None:

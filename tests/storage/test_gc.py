@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from coldpress.storage import gc
 from coldpress.storage.artifacts import Artifact, ArtifactWriter
-from coldpress.storage.digests import digest_of
+from coldpress.storage.digests import digest_of, seal
 from coldpress.storage.errors import StoreError
 from coldpress.storage.gc import DAY, delete_garbage, find_garbage
 from coldpress.storage.inspect import verify
@@ -142,6 +142,16 @@ def test_leftovers_and_dead_leases_go_after_the_grace_period(store: Store, age: 
     assert find_garbage(store) == []
     age(2)
     assert reasons(store) == {gc.LEASE: 1, gc.LEFTOVER: 1}
+
+
+def test_what_given_up_runs_used_of_their_budgets_goes_when_runs_do(store: Store, age: Age) -> None:
+    store.files.replace("spent/account/run-1", [seal({"seconds": 5.0})])
+    age(2)
+    assert find_garbage(store) == []
+    age(30)
+    assert reasons(store) == {gc.SPENT: 1}
+    collect(store)
+    assert list(store.files.list("spent")) == []
 
 
 def test_what_a_writer_relied_on_between_looking_and_deleting_stays(store: Store, age: Age) -> None:
