@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import allocation, cached, gptq, journal, memory, perplexity, sparsegpt, store, training, wanda
+from . import allocation, cached, gptq, journal, memory, perplexity, sparsegpt, store, team, training, wanda
 from .measuring import ProcessFailed, Row, in_fresh_process
 
 BENCHMARKS = {
@@ -32,6 +32,7 @@ BENCHMARKS = {
     "memory": memory,
     "store": store,
     "cached": cached,
+    "team": team,
 }
 
 
