@@ -27,7 +27,7 @@ def test_a_run_ends_well_though_a_fifth_of_the_requests_fail_or_hang(
 ) -> None:
     environment = {
         "AWS_ENDPOINT_URL": proxy.url,
-        "COLDPRESS_REMOTE_TIMEOUT_SECONDS": "1",
+        "COLDPRESS_REMOTE_TIMEOUT_SECONDS": "2",
         "COLDPRESS_CACHE": str(tmp_path / "cache"),
     }
     proxy.fail(0.2)
