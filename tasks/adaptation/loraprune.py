@@ -19,8 +19,8 @@ from ..pruning.width import Counts, Left
 
 # Of the average of importance, how much is kept at an update.
 MOMENTUM = 0.9
-# Between these shares of the steps parts are removed.
-BEGIN, END = 0.1, 0.9
+# The share of the steps in which nothing is removed yet.
+BEGIN = 0.1
 
 
 def weight_gradient(a: Tensor, b: Tensor, gradient_a: Tensor, gradient_b: Tensor, scale: float) -> Tensor:
@@ -57,18 +57,18 @@ def part_scores(linear: Linear, sensitive: Tensor, widths: Widths) -> dict[str, 
     return scores
 
 
-def share_of_removal(updates: int, steps: int, every: int) -> float | None:
+def share_of_removal(updates: int, steps: int, every: int, until: float) -> float | None:
     """How much of what is to go is gone after so many updates, 0 to 1; None when nothing is pruned then.
 
     Nothing goes in the first tenth of the steps; then a cubic curve is followed, every so many updates, until after
-    nine tenths a last pruning takes exactly the rest.
+    a share `until` of the steps (0.9 as published) a last pruning takes exactly the rest.
     """
-    begin, end = BEGIN * steps, math.ceil(round(END * steps, 6))
+    begin, end = BEGIN * steps, math.ceil(round(until * steps, 6))
     if updates == end:
         return 1.0
     if updates % every or not begin < updates < end:
         return None
-    return 1 - (1 - (updates - begin) / ((END - BEGIN) * steps)) ** 3
+    return 1 - (1 - (updates - begin) / ((until - BEGIN) * steps)) ** 3
 
 
 def drop_least(kept: Tensor, importance: Tensor, removed: int) -> None:

@@ -55,6 +55,12 @@ class LoraPruneParameters(LoraParameters):
         description="and so many at the end, there one; the others lose the more, and all are stored at full width",
     )
     every: int = Field(10, ge=1, description="steps between two prunings")
+    prune_until: float = Field(
+        0.9,
+        gt=0.1,  # until when nothing goes
+        le=1,
+        description="share of the steps after which all is removed; the rest is for recovery, so lower it for few",
+    )
     epochs: float = Field(2.0, gt=0, description="how often the data is gone through")
     batch_size: int = Field(128, ge=1, description="windows of one update")
     learning_rate: float = Field(1e-4, gt=0, description="at its peak")
@@ -167,7 +173,7 @@ def train_pruned(
             parts.average(index, total)
 
     def prune(step: int, rate: float) -> None:
-        share = share_of_removal(step + 1, steps, parameters.every)
+        share = share_of_removal(step + 1, steps, parameters.every, parameters.prune_until)
         if share is not None:
             final = Counts(before.groups - counts.groups, before.channels - counts.channels)
             for index in pruned:

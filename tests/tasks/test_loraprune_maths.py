@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from coldpress.tasks.adaptation.loraprune import (
@@ -114,7 +117,7 @@ def test_the_least_important_go_and_none_comes_back() -> None:
 
 
 def test_the_schedule_is_cubic_between_a_tenth_and_nine_tenths_and_ends_exactly() -> None:
-    shares = {updates: share_of_removal(updates, 100, 10) for updates in range(1, 101)}
+    shares = {updates: share_of_removal(updates, 100, 10, 0.9) for updates in range(1, 101)}
     pruned = {updates: share for updates, share in shares.items() if share is not None}
     assert list(pruned) == [20, 30, 40, 50, 60, 70, 80, 90]
     assert pruned[90] == 1.0
@@ -123,10 +126,20 @@ def test_the_schedule_is_cubic_between_a_tenth_and_nine_tenths_and_ends_exactly(
     assert sorted(pruned.values()) == list(pruned.values())
 
 
+def test_it_can_be_over_earlier() -> None:
+    shares = {updates: share_of_removal(updates, 100, 10, 0.5) for updates in range(1, 101)}
+    assert {updates: share for updates, share in shares.items() if share is not None} == {
+        20: pytest.approx(1 - 0.75**3), 30: pytest.approx(1 - 0.5**3), 40: pytest.approx(1 - 0.25**3), 50: 1.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("until", [0.11, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("steps", "every"), [(1, 10), (3, 1), (7, 10), (10, 1), (60, 7), (123, 50)])
-def test_whatever_the_number_of_steps_the_last_pruning_is_whole_and_no_earlier_one(steps: int, every: int) -> None:
-    shares = [share_of_removal(updates, steps, every) for updates in range(1, steps + 1)]
+def test_whatever_the_number_of_steps_the_last_pruning_is_whole_and_no_earlier_one(
+    steps: int, every: int, until: float
+) -> None:
+    shares = [share_of_removal(updates, steps, every, until) for updates in range(1, steps + 1)]
     pruned = [share for share in shares if share is not None]
     assert pruned[-1] == 1.0
     assert all(0 < share < 1 for share in pruned[:-1])
-    assert shares.index(1.0) + 1 == -(-9 * steps // 10)
+    assert shares.index(1.0) + 1 == math.ceil(Fraction(str(until)) * steps)
