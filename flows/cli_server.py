@@ -162,22 +162,27 @@ def submit_command(
 @click.option("--pool", "pools", multiple=True, metavar="NAME", help="Give this work pool queues for --priority.")
 @heartbeat_option
 @click.option("--webhook", metavar="URL", help="Call this address when a run fails, or is interrupted too often.")
+@click.option("--mail", metavar="URL", help="Send mail then, by mailtos://USER:PASSWORD@SERVER?to=ADDRESS.")
 @click.option(
     "--interruptions", default=3, show_default=True, type=click.IntRange(1), help="How often within a day is too often."
 )
 @answers_errors
-def prepare_command(pools: tuple[str, ...], heartbeat: int, webhook: str | None, interruptions: int) -> None:
+def prepare_command(
+    pools: tuple[str, ...], heartbeat: int, webhook: str | None, mail: str | None, interruptions: int
+) -> None:
     """Tell the server at PREFECT_API_URL how interrupted runs go on (`up` does that itself), and whom to notify."""
     from .cli_runs import asking_the_server
     from .deployment import prepare_automations, prepare_queues
-    from .notify import notify
+    from .notify import notify_by_mail, notify_by_webhook
 
     with asking_the_server() as client:
         for pool in pools:
             prepare_queues(client, pool)
         prepare_automations(client, heartbeat, watched=False)
         if webhook:
-            notify(client, webhook, interruptions)
+            notify_by_webhook(client, webhook, interruptions)
+        if mail:
+            notify_by_mail(client, mail, interruptions)
     click.echo("the server is prepared")
 
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from coldpress.flows.cli import main
 from coldpress.flows.deployment import prepare_server
-from coldpress.flows.notify import notifications, notify
+from coldpress.flows.notify import notifications, notify_by_mail, notify_by_webhook
 from coldpress.flows.result import PREEMPTED
 from coldpress.flows.run import run_tags
 from coldpress.flows.status import RunStatus, StageStatus, cancel, devices, logs, statuses
@@ -211,16 +211,25 @@ def test_a_deadline_has_a_unit(tiny_recipe: Path, text: str) -> None:
 def test_the_webhook_is_a_secret_and_is_called_for_our_runs_only(client: Any) -> None:
     from prefect.blocks.webhook import Webhook
 
-    notify(client, "https://hooks.example.org/token", 2)
-    notify(client, "https://hooks.example.org/other", 3)
+    notify_by_webhook(client, "https://hooks.example.org/token", 2)
+    notify_by_webhook(client, "https://hooks.example.org/other", 3)
     found = [a for a in client.read_automations() if a.name.startswith("coldpress: tell")]
     assert len(found) == 2
     assert "hooks.example.org" not in json.dumps([a.model_dump(mode="json") for a in found])
     assert {a.trigger.threshold for a in found} == {1, 3}
     assert "other" in Webhook.load("coldpress-notifications").url.get_secret_value()  # type: ignore[union-attr]
     flow = client.create_flow_from_name("coldpress")
-    for automation in notifications(flow, found[0].id, 3):
-        json.loads(automation.actions[0].payload)  # type: ignore[union-attr]
+    for automation in found:
+        json.loads(automation.actions[0].payload)
+    for automation in notifications(flow, lambda what: found[0].actions[0]):
         assert f"prefect.flow.{flow}" in automation.trigger.match_related["prefect.resource.id"]  # type: ignore[union-attr]
     with pytest.raises(ColdpressError, match="an address that begins with https"):
-        notify(client, "hooks.example.org", 2)
+        notify_by_webhook(client, "hooks.example.org", 2)
+
+
+@pytest.mark.parametrize("url", ["team@example.org", "https://example.org", "mailtos://"])
+def test_mail_needs_a_server(client: Any, url: str) -> None:
+    with pytest.raises(
+        ColdpressError, match=r"like 'mailtos://user:password@smtp\.example\.org\?to=team@example\.org'"
+    ):
+        notify_by_mail(client, url, 3)
