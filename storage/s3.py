@@ -7,6 +7,7 @@ is cut short by a kill leaves parts that no listing shows; a life-cycle rule of 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -69,6 +70,7 @@ class S3Files(FsspecFiles):
             "read_timeout": seconds,
             "max_pool_connections": _CONNECTIONS,
             "retries": {"total_max_attempts": 1},
+            "http_session_cls": _session_without_repeats(),
         }
         own = fsspec.config.conf.get(self._protocol, {}).get("config_kwargs", {})
         return {"config_kwargs": {**own, **config}}
@@ -141,3 +143,20 @@ def _parts(buffers: Sequence[Buffer], size: int) -> Iterator[bytes]:
                 part.clear()
     if part:
         yield bytes(part)
+
+
+@functools.cache
+def _session_without_repeats() -> type:
+    """The HTTP client, made to leave trying again to us.
+
+    aiohttp repeats a PUT of which the answer was lost; the first one's effect would then look like somebody else's.
+    """
+    from aiobotocore.httpsession import AIOHTTPSession
+
+    class Session(AIOHTTPSession):
+        async def _get_session(self, proxy_url: Any) -> Any:
+            session = await super()._get_session(proxy_url)
+            session._retry_connection = False  # there is no public setting; tests count requests
+            return session
+
+    return Session
