@@ -49,9 +49,6 @@ class LosaParameters(LoraParameters):
     rounds: int = Field(5, ge=1, description="of pruning and training")
     sparsity_schedule: Literal["cubic", "linear"] = Field("cubic", description="of the share removed, over the rounds")
     last_round: float = Field(0.6, gt=0, le=1, description="share of all steps that are trained in the last round")
-    restarts: bool = Field(
-        True, description="each round warms the learning rate up and lets it fall; else one schedule spans all rounds"
-    )
     max_rank: int = Field(16, ge=1, description="of any block")
     layer_rates: bool = Field(True, description="blocks lose more where they resemble others (LSR); else all the same")
     rank_allocation: bool = Field(True, description="ranks by reconstruction errors (SRA); else all the same")
@@ -262,7 +259,6 @@ class _Rounds:
                     if tensor is not None
                 },
                 save_at_end=number + 1 < parameters.count,
-                within=None if parameters.restarts else (sum(steps[:number]), sum(steps)),
             )
             self.losses += self._last
             self._terms = {name: (layer.a.detach(), layer.b.detach()) for name, layer in layers.items()}

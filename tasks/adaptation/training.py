@@ -101,7 +101,6 @@ def train(
     before_update: Callable[[int], None] = lambda step: None,
     after_update: Callable[[int, float], None] = lambda step, rate: None,
     may_rise: bool = False,
-    within: tuple[int, int] | None = None,
 ) -> list[float]:
     """Train `learned` in place. Returns the mean loss of each step.
 
@@ -109,13 +108,11 @@ def train(
     phase: tells several trainings of one stage apart in its journal. memory: further tensors that the two functions
     change in place; they are kept with the rest. save_at_end: whether the stage goes on after this training.
     before_update: called with gradients complete; after_update: called with the weights changed, with the step's
-    learning rate. may_rise: a rising loss is no error, since weights are removed on the way. within: (steps before, steps
-    in all) of the schedule of the learning rate that this training is a part of; it has one to itself without.
+    learning rate. may_rise: a rising loss is no error, since weights are removed on the way.
     """
     journal = run.journal
     assert journal is not None
     steps = step_count(parameters, len(examples))
-    before, in_all = within or (0, steps)
     seed = parameters.seed + 7919 * phase
     optimizer = _optimizer(parameters, list(learned.values()), run.device)
     kept = {**{f"learned.{name}": tensor.data for name, tensor in learned.items()}}
@@ -127,8 +124,8 @@ def train(
             tensor.copy_(state.tensors[name])
         _restore(optimizer, state.tensors, state.record["optimizer"])
         losses = state.tensors["losses"].tolist()
-        spent = round(sum(step.get("seconds", 0.0) for step in journal.steps), 3)
-        note = {"from_step": len(losses), "of": steps, "seconds_before": spent}
+        before = round(sum(step.get("seconds", 0.0) for step in journal.steps), 3)
+        note = {"from_step": len(losses), "of": steps, "seconds_before": before}
         run.note("resumed", {**note, "phase": phase + 1} if phase else note)
     elif journal.attempts[-1]["from_step"] and not phase:
         run.note("resumed", {"from_step": 0, "of": steps, "seconds_before": 0.0})
@@ -147,7 +144,7 @@ def train(
 
     for step in range(len(losses), steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        rate = learning_rate(before + step, in_all, parameters)
+        rate = learning_rate(step, steps, parameters)
         for group in optimizer.param_groups:
             group["lr"] = rate
         losses.append(_gradients(run, parameters, examples, loss, step, seed))
