@@ -125,7 +125,8 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> str:
             break
         if crashed_at is not None and time.monotonic() - crashed_at > _SECONDS_TO_RESCHEDULE:
             raise ColdpressError(
-                "the run crashed and was not scheduled again: are the server's automations switched off?"
+                "the run crashed and was not scheduled again: `coldpress up` does that while it runs, or without it "
+                "the automation that `coldpress prepare` makes"
             )
     return str(state.name) if state else "Unknown"
 
