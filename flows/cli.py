@@ -112,7 +112,7 @@ def run(
             "its deadline has come: all finished work is kept, and the same command goes on from there", err=True
         )
         sys.exit(1)
-    if result.stopped_by is not None:
+    if result.stopped_by is not None and result.unfinished:
         click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
         sys.exit(128 + result.stopped_by)
     sys.exit(1 if result.failed else 0)

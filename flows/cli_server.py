@@ -178,7 +178,7 @@ def prepare_command(
     with asking_the_server() as client:
         for pool in pools:
             prepare_queues(client, pool)
-        prepare_automations(client, heartbeat, watched=False)
+        prepare_automations(client, heartbeat, scheduling=bool(pools))
         if webhook:
             notify_by_webhook(client, webhook, interruptions)
         if mail:

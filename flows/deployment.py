@@ -10,8 +10,10 @@ or what runs, on which Prefect's worker ends. It is made only for workers that `
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import ColdpressError
@@ -66,12 +68,14 @@ def prepare_server(client: SyncPrefectClient, pool: str, heartbeat: int) -> None
     _ensure_deployment(client, flow_id, pool)
     prepare_queues(client, pool)
     prepare_automations(client, heartbeat)
+    for automation in client.read_automations_by_name(scheduling_again(flow_id).name):
+        client.delete_automation(automation.id)  # `up` does that itself from now on
 
 
-def prepare_automations(client: SyncPrefectClient, heartbeat: int, *, watched: bool = True) -> None:
-    """Make sure of the automations. watched: `coldpress up` schedules crashed runs again."""
+def prepare_automations(client: SyncPrefectClient, heartbeat: int, *, scheduling: bool = False) -> None:
+    """Make sure of the automations. scheduling: also of that for workers that `coldpress up` doesn't watch."""
     flow_id = client.create_flow_from_name(FLOW)
-    for automation in [*automations(flow_id, heartbeat), *([] if watched else [scheduling_again(flow_id)])]:
+    for automation in [*automations(flow_id, heartbeat), *([scheduling_again(flow_id)] if scheduling else [])]:
         ensure_automation(client, automation)
 
 
@@ -274,8 +278,12 @@ def _content(automation: AutomationCore) -> Any:
     return content
 
 
-def schedule_crashed(client: SyncPrefectClient) -> None:
-    """Schedule the runs that are Crashed, or Pre-empted, just now."""
+def schedule_crashed(client: SyncPrefectClient, since: dict[UUID, float]) -> None:
+    """Schedule the runs that are Crashed, or Pre-empted, just now.
+
+    since: of their states, when they were first seen here, by a clock of this process; kept from call to call.
+    """
+    import httpx
     from prefect.client.schemas.filters import (
         FlowFilter,
         FlowFilterName,
@@ -283,12 +291,24 @@ def schedule_crashed(client: SyncPrefectClient) -> None:
         FlowRunFilterState,
         FlowRunFilterStateName,
     )
+    from prefect.exceptions import ObjectNotFound
     from prefect.states import AwaitingRetry
 
     crashed = FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(any_=list(_CRASHED))))
     ours = FlowFilter(name=FlowFilterName(any_=[FLOW]))
-    for flow_run in client.read_flow_runs(flow_filter=ours, flow_run_filter=crashed):
-        if flow_run.deployment_id is None or flow_run.state is None:
+    now = time.monotonic()
+    found = {
+        flow_run.state.id: flow_run.id
+        for flow_run in client.read_flow_runs(flow_filter=ours, flow_run_filter=crashed)
+        if flow_run.deployment_id is not None and flow_run.state is not None
+    }
+    before = dict(since)
+    since.clear()
+    since.update({state: before.get(state, now) for state in found})
+    for state, run in found.items():
+        if now - since[state] < SECONDS_UNTIL_SCHEDULED:
             continue
-        if datetime.now(UTC) - flow_run.state.timestamp > timedelta(seconds=SECONDS_UNTIL_SCHEDULED):
-            client.set_flow_run_state(flow_run.id, AwaitingRetry(message=GOES_ON))
+        with contextlib.suppress(httpx.HTTPError, ObjectNotFound):  # it is tried again, or was deleted; others wait
+            current = client.read_flow_run(run).state
+            if current is not None and current.id == state:  # and no other `up` was faster
+                client.set_flow_run_state(run, AwaitingRetry(message=GOES_ON))

@@ -119,7 +119,7 @@ class Execution:
             self._moved.clear()
             under_way = len(futures.keys() - ended - self._elsewhere)
             ready = [node for node in left if ended.issuperset(node.inputs.values())]
-            for node in ready[: max(self._slots.threads, 1) - under_way]:
+            for node in ready[: max(0, max(self._slots.threads, 1) - under_way)]:
                 # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
                 inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
                 futures[node.name] = self._task(node).submit(node.name, **inputs)
@@ -425,7 +425,9 @@ class _ProgressArtifact:
         from prefect.client.schemas.actions import ArtifactUpdate
 
         self._has_device = bool(about)
-        with get_client(sync_client=True) as client:
+        if self._id is None:  # the server was away when it was to be made
+            return
+        with shown_if_possible(f"the device of {self._node}"), get_client(sync_client=True) as client:
             client.update_artifact(self._id, ArtifactUpdate(metadata_=about))
 
 

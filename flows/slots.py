@@ -98,6 +98,7 @@ class Slots:
         self._usable = count
         self.threads = count + 1 if devices else count
         self.stopping = False
+        self._stopped = threading.Event()
 
     @contextlib.contextmanager
     def taken(self, stage: Stage, waiting: Callable[[str], None]) -> Iterator[Worker | InProcess]:
@@ -126,19 +127,20 @@ class Slots:
             self._end_worker(slot)
             raise
         finally:
+            if slot.lost:  # its process was asked to stop, even if the stage was done before it heard of it
+                self._end_worker(slot)
             if lease is not None and self._limits is not None:
                 self._limits.release(lease)
             self._give_back(slot)
 
     def pause(self, seconds: float) -> None:
         """Wait, but not longer than until the run is to stop."""
-        with self._condition:
-            if not self.stopping:
-                self._condition.wait(seconds)
+        self._stopped.wait(seconds)
 
     def stop(self) -> None:
         """Ask all stages that are being computed to end soon. May be called in a signal handler."""
         self.stopping = True
+        self._stopped.set()
         for slot in (*self._devices, *self._others):
             slot.preempt()
         with self._condition:
@@ -147,6 +149,7 @@ class Slots:
     def kill(self) -> None:
         """End all computing processes at once; no other is started."""
         self.stopping = True
+        self._stopped.set()
         for slot in (*self._devices, *self._others):
             slot.kill()
 

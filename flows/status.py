@@ -161,8 +161,14 @@ def cancel(client: SyncPrefectClient, name: str) -> str:
         raise ColdpressError(f"run {run} has ended already: {state.name if state else 'no state'}")
     if flow_run.deployment_id is None:
         raise ColdpressError(f"run {run} was not submitted: end it with Ctrl-C or SIGTERM where it runs")
+    refused = []
     for part in going_on:
-        _cancel(client, part)
+        try:
+            _cancel(client, part)
+        except ColdpressError as error:  # it may just have ended; the others are to stop all the same
+            refused.append(error)
+    if len(refused) == len(going_on):
+        raise refused[0]
     return run
 
 

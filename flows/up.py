@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from uuid import UUID
 
 import httpx
 
@@ -170,6 +171,7 @@ def _watch(children: Sequence[Child], say: Say) -> NoReturn:
     from prefect.client.orchestration import get_client
 
     looked = time.monotonic()
+    crashed: dict[UUID, float] = {}
     with get_client(sync_client=True) as client:
         while True:
             time.sleep(0.2)
@@ -178,7 +180,7 @@ def _watch(children: Sequence[Child], say: Say) -> NoReturn:
             if time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
                 looked = time.monotonic()
                 with contextlib.suppress(httpx.HTTPError):  # the server is away; the next time, then
-                    schedule_crashed(client)
+                    schedule_crashed(client, crashed)
 
 
 def _settings(api: str, options: Options) -> Mapping[str, str]:

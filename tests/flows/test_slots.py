@@ -139,6 +139,40 @@ def test_a_stage_that_loses_its_device_stops_and_starts_again_in_a_new_process()
         assert again is not first
 
 
+def test_a_process_that_was_asked_to_stop_too_late_is_replaced_too() -> None:
+    """Its stage was done; the next one would be taken for pre-empted."""
+    limits = Limits()
+    slots = Slots(Place, 1, ("0",), limits)  # type: ignore[arg-type]
+    with slots.taken(COMPUTES, silent) as first:
+        limits.lost["0"]()
+    with slots.taken(COMPUTES, silent) as again:
+        assert again is not first
+    assert first.dead  # type: ignore[union-attr]
+
+
+def test_stages_that_wait_for_a_device_do_not_wake_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coldpress.flows.slots.SECONDS_BETWEEN_TRIES", 600.0)
+    slots = Slots(Place, 1, ("0",), Limits("0"))  # type: ignore[arg-type]
+    said: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(Preempted), slots.taken(COMPUTES, said.append):
+            pass
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(said) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    slots.stop()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 3
+
+
 def test_a_process_that_died_is_replaced_and_its_slot_stays() -> None:
     slots = Slots(Place, 1)
     with pytest.raises(WorkerDied), slots.taken(COMPUTES, silent) as place:

@@ -14,6 +14,7 @@ from coldpress.flows.cli import main
 from coldpress.flows.deployment import (
     GOES_ON,
     automations,
+    prepare_automations,
     prepare_server,
     schedule_crashed,
     scheduling_again,
@@ -115,7 +116,7 @@ def test_only_what_is_crashed_is_scheduled_again_and_what_had_ended_ends_again(
     def through(*states: Any) -> Any:
         for state in states:
             server.set_flow_run_state(sent.id, state, force=True)
-        schedule_crashed(server)
+        schedule_crashed(server, {})
         return server.read_flow_run(sent.id)
 
     assert through(Running(), Crashed()).state.name == "AwaitingRetry"
@@ -140,6 +141,10 @@ def test_preparing_a_server_again_changes_only_what_differs(server: Any) -> None
     prepare_server(server, "coldpress", 30)
     assert present() == first
     assert len(first) == 3
+    prepare_automations(server, 30, scheduling=True)
+    assert present().keys() - first.keys() == {"coldpress: a crashed run is scheduled again"}
+    prepare_server(server, "coldpress", 30)  # `up` schedules them itself
+    assert present() == first
     prepare_server(server, "other", 60)
     changed = {name for name, content in present().items() if content != first[name]}
     assert changed == {"coldpress: a silent run has crashed"}
