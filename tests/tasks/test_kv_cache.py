@@ -163,10 +163,10 @@ def logits_at_once(store: Store) -> Callable[..., Tensor]:
     """`logits_at_once(model, windows, **settings)`: what the perplexity is of, a block at a time."""
 
     @torch.no_grad()
-    def logits(model: Artifact, windows: Tensor, **settings: int) -> Tensor:
+    def logits(model: Artifact, windows: Tensor, dtype: torch.dtype = torch.float32, **settings: int) -> Tensor:
         run = Run(store, journal=Journal(store, {"stage": "testing", "of": uuid.uuid4().hex}, {}))
         with StoredModel(run, model) as stored:
-            skeleton = Skeleton(stored.config, stored.dtype, run.device)
+            skeleton = Skeleton(stored.config, dtype, run.device)
             attention = CachedAttention(skeleton, **settings)
             hidden, outer, _ = stream_hidden(run, stored, skeleton, windows, "testing", advance=attention.advance)
             return torch.cat([skeleton.logits(outer, skeleton.finish(outer, inputs[None])) for inputs in hidden])
@@ -198,16 +198,17 @@ def test_logits_of_all_tokens_together_are_those_of_decoding_one_by_one(
 ) -> None:
     family, changes = CASES[case]
     settings = {"bits": bits, "group_size": 8, "residual": 16}
-    model = whole_model(family, **changes)
+    # In float64: where a number stands between two codes, rounding may take either, in float32 in one window of five.
+    model = whole_model(family, dtype=torch.float64, **changes)
     one_by_one = decoded(model, some_windows(), packed_cache(**settings))
-    together = logits_at_once(import_model(family, **changes), some_windows(), **settings)
+    together = logits_at_once(import_model(family, **changes), some_windows(), torch.float64, **settings)
     in_full = decoded(model, some_windows(), DynamicCache())
     apart = (one_by_one - in_full).abs().amax((0, 2))
     assert apart[:16].max() < 1e-5  # nothing is quantized yet
     assert {2: 0.3, 4: 0.03, 8: 0}[bits] < apart[16:].max() / in_full.std() < {2: 5, 4: 2, 8: 0.15}[bits]
     off = (together - one_by_one).abs().amax((1, 2))
-    assert off.median() < 1e-4
-    assert off.max() < apart.max() / 10  # where a number stands between two codes, rounding may take either
+    assert off.median() < 1e-5
+    assert off.max() < apart.max() / 10  # some of it is float32 all the same
 
 
 def test_a_window_that_fits_into_the_residual_is_decoded_exactly_as_in_full(whole_model: Callable[..., Any]) -> None:

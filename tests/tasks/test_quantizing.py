@@ -127,13 +127,13 @@ def test_what_feeds_the_next_block_are_the_weights_as_stored(
 ) -> None:
     base = import_model("llama")
     last: dict[int, Tensors] = {}
-    forward = Skeleton.forward_block
+    advance = Skeleton.advance
 
-    def watched(self: Skeleton, index: int, weights: Tensors, hidden: Tensor) -> Tensor:
+    def watched(self: Skeleton, index: int, weights: Tensors, hidden: Tensor) -> None:
         last[index] = dict(weights)
-        return forward(self, index, weights, hidden)
+        advance(self, index, weights, hidden)
 
-    monkeypatch.setattr(Skeleton, "forward_block", watched)
+    monkeypatch.setattr(Skeleton, "advance", watched)
     stored = plain_weights(read_tensors(gptq(base, symmetric=False)), symmetric=False)
     assert len(stored) == 3 * 7
     for index, name in itertools.product((0, 1), ("self_attn.k_proj.weight", "mlp.down_proj.weight")):
