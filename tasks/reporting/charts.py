@@ -59,7 +59,8 @@ def curves(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     for variant in document["variants"]:
         values = metrics.get(variant, {})
         whole = stages.get(stages[variant].get("root"), {}).get("linear_weights")
-        if stages[variant]["stage"] == "source/model" or "perplexity" not in values or not whole:
+        measured = {"perplexity", "sparsity", "linear_weights"} <= values.keys()
+        if stages[variant]["stage"] == "source/model" or not measured or not whole:
             continue
         left = (1 - values["sparsity"]) * values["linear_weights"] / whole
         found.setdefault(re.sub(r"\[.*\]$", "", variant), []).append((max(0.0, 1 - left), values["perplexity"]))

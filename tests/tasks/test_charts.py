@@ -52,6 +52,12 @@ def test_curves_do_not_need_the_first_models_own_figures() -> None:
     assert curves(unmeasured) == {}
 
 
+def test_a_variant_whose_size_was_not_measured_is_on_no_curve() -> None:
+    unmeasured = document()
+    del unmeasured["metrics"]["narrow"]["sparsity"]
+    assert curves(unmeasured) == {"wanda": [(0.5, 20.0), (0.7, 500.0)]}
+
+
 def test_bars_are_drawn_for_stages_whose_blocks_differ() -> None:
     shares = {"even": [0.5, 0.5], "uneven": [0.4, 0.6]}
     stages = [{"name": name, "stage": "prune/x", "shares_by_block": values} for name, values in shares.items()]
