@@ -130,10 +130,10 @@ class Skeleton:
 
             return add
 
+        weights = self._packed(index, weights)
         handles = [
             block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
         ]
-        weights = self._packed(index, weights)
         try:
             for part in parts(hidden):
                 before_each()
