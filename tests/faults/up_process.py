@@ -144,12 +144,19 @@ def ids(store: Path) -> dict[str, str]:
 def undisturbed_ids(recipe: Path, folder: Path) -> dict[str, str]:
     """What the recipe's stages give when nothing comes between. Recipes that share a folder share their stages."""
     from coldpress.flows.recipe import load_recipe
-    from coldpress.tasks.stage import Run, compute, lookup
+    from coldpress.flows.worker import Worker
+    from coldpress.tasks.stage import lookup
 
-    checked, run = load_recipe(str(recipe)), Run(Store(str(folder / "undisturbed")))
+    checked, store = load_recipe(str(recipe)), Store(str(folder / "undisturbed"))
     made: dict[str, Artifact] = {}
-    for node in checked.nodes:
-        inputs = {role: made[name] for role, name in node.inputs.items()}
-        found = lookup(run.store, node.stage, node.parameters, inputs, run.device)
-        made[node.name] = (found or compute(run, node.stage, node.parameters, inputs)).artifact
+    # In a process like those of a run: on some processors the number of threads changes last digits.
+    worker = Worker("cpu")
+    try:
+        for node in checked.nodes:
+            inputs = {role: made[name] for role, name in node.inputs.items()}
+            found = lookup(store, node.stage, node.parameters, inputs, "cpu")
+            action = found or worker.compute(store, node.stage, node.parameters, inputs, {}, lambda *_: None)
+            made[node.name] = action.artifact
+    finally:
+        worker.kill()
     return {f"{checked.name}/{name}": artifact.id for name, artifact in made.items()}
