@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .architectures import Family, family_of
 
@@ -51,11 +49,6 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self._packs = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if self._packs:
-            for module in self._blocks.modules():
-                if type(module) is nn.Linear:
-                    module.forward = partial(_packed_linear, module)  # type: ignore[method-assign]
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def parameter_names(self) -> dict[str, tuple[int, ...]]:
@@ -100,7 +93,6 @@ class Skeleton:
 
     def advance(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
         """Replace windows [windows, length, hidden], wherever they are kept, by the outputs of block `index`."""
-        weights = self._packed(index, weights)
         for part in parts(hidden):
             part.copy_(self.forward_block(index, weights, part.to(self.device)))
 
@@ -130,7 +122,6 @@ class Skeleton:
 
             return add
 
-        weights = self._packed(index, weights)
         handles = [
             block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
         ]
@@ -143,18 +134,6 @@ class Skeleton:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _packed(self, index: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of a block for many calls: in float32 on the CPU those of linear layers as oneDNN multiplies them.
-
-        Its products are a tenth faster than the library's that torch calls there, and the layout is made once.
-        """
-        if not self._packs:
-            return weights
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        named = self._blocks[index].named_modules()
-        linears = {f"{name}.weight" for name, module in named if type(module) is nn.Linear}
-        return {name: pack(weight, TOKENS_AT_ONCE) if name in linears else weight for name, weight in weights.items()}
 
     def finish(self, outer: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """What the head reads, [1, length, features], for the last block's output [1, length, hidden]."""
@@ -239,13 +218,6 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
 def parts(hidden: Tensor) -> tuple[Tensor, ...]:
     """Views of windows [windows, length, hidden] that go through a block together."""
     return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
-
-
-def _packed_linear(module: nn.Linear, inputs: Tensor) -> Tensor:
-    """A linear layer whose weight may be packed by oneDNN."""
-    if module.weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(inputs, module.weight, module.bias, "none", [], "")
-    return linear(inputs, module.weight, module.bias)
 
 
 @contextmanager
