@@ -254,9 +254,11 @@ def test_names_of_limits_tell_machine_and_device() -> None:
 
 def test_a_computing_process_sees_its_device_alone() -> None:
     worker = Worker("cpu", visible="3")
-    seen = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
+    environment = Path(f"/proc/{worker._process.pid}/environ")
+    while not (seen := environment.read_text()):  # empty for a moment, while the program is being loaded
+        time.sleep(0.01)
     worker.kill()
-    assert "CUDA_VISIBLE_DEVICES=3" in seen
+    assert "CUDA_VISIBLE_DEVICES=3" in seen.split("\0")
 
 
 @pytest.fixture
