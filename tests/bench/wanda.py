@@ -4,8 +4,8 @@ The floor of a layer-wise method is two forward passes through the blocks; the s
 ones by `transformers`, and against the published loop written anew. The stage counts as a user meets it, in the
 computing process of a run: reading and verifying the checkpoint, pruning, writing the result to the store. The others
 start with the dense model loaded and write nothing. A last row says how many weights only one of both methods removes;
-it has no bound, since one near-tie that rounding lets fall the other way moves what later blocks see: the same plain
-script in float32 and in float64 differs in as many. What the masks must equal is in `tests/tasks/test_smollm2.py`.
+one near-tie that rounding lets fall the other way moves what later blocks see, so that on some processors the same
+plain script in float32 and in float64 differs in as many. What the masks must equal: `tests/tasks/test_smollm2.py`.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ def measure() -> list[Row]:
         ratio("Wanda stage, float32 / two plain forward passes", best["float32"], best["two passes"], 1.1),
         ratio("Wanda stage, float32 / published loop", best["float32"], best["published"], 0.75),
         ratio("Wanda stage, bfloat16 / float32", best["bfloat16"], best["float32"], 0.6),
-        Row("weights on which stage and published loop differ", 100 * differing[0] / differing[1], "%"),
+        Row("weights on which stage and published loop differ", 100 * differing[0] / differing[1], "%", 0.1),
     ]
