@@ -255,7 +255,8 @@ def test_names_of_limits_tell_machine_and_device() -> None:
 def test_a_computing_process_sees_its_device_alone() -> None:
     worker = Worker("cpu", visible="3")
     environment = Path(f"/proc/{worker._process.pid}/environ")
-    while not (seen := environment.read_text()):  # empty for a moment, while the program is being loaded
+    # Empty for a moment, while the program is being loaded.
+    while not (seen := environment.read_text()) and worker._process.poll() is None:
         time.sleep(0.01)
     worker.kill()
     assert "CUDA_VISIBLE_DEVICES=3" in seen.split("\0")
