@@ -149,7 +149,8 @@ def _print_comparison(first: str, second: str, found: Mapping[str, Any], top: in
             key = str(one["metric"])
             change = ("-" if one["change"] < 0 else "+") + write_value(key, abs(one["change"]))
             sides = (write_value(key, one["a"]), write_value(key, one["b"]))
-            figures.append((key, *sides, change, str(one.get("words", "-"))))
+            name = f"{key} ({one['with']})" if one["with"] else key
+            figures.append((name, *sides, change, str(one.get("words", "-"))))
         table(("metric", "A", "B", "B - A", "95 % interval"), figures)
     elif not found["identical"]:
         console.print("nothing was measured of both in the same way")

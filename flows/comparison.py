@@ -50,10 +50,10 @@ def compare_artifacts(
 def _metrics(store: Store, first: Artifact, second: Artifact) -> Iterator[dict[str, Any]]:
     """What was measured of both in the same way and differs, or was measured item by item."""
     ours, theirs = _evaluations(store, first), _evaluations(store, second)
-    several = [json.loads(way)["stage"] for way in ours if way in theirs]
-    for way in (way for way in ours if way in theirs):
-        stage, parameters = json.loads(way)["stage"], json.loads(way)["parameters"]
-        label = f" ({json.dumps(parameters)})" if several.count(stage) > 1 and parameters else ""
+    shared = {way: json.loads(way) for way in ours if way in theirs}
+    settings = _settings(store, shared)
+    for way, preimage in shared.items():
+        stage = preimage["stage"]
         before, after = _read(store, ours[way]), _read(store, theirs[way])
         items = [
             Items(side, metric, way, values)
@@ -65,7 +65,7 @@ def _metrics(store: Store, first: Artifact, second: Artifact) -> Iterator[dict[s
             a, b = before[metric], after.get(metric)
             if not isinstance(a, int | float) or not isinstance(b, int | float) or (a == b and metric not in intervals):
                 continue
-            entry = {"evaluation": stage, "metric": metric + label, "a": a, "b": b, "change": b - a}
+            entry = {"evaluation": stage, "metric": metric, "with": settings[way], "a": a, "b": b, "change": b - a}
             if metric in intervals:
                 entry |= {"interval": intervals[metric], "words": words(intervals[metric])}
             yield entry
@@ -81,6 +81,34 @@ def _evaluations(store: Store, model: Artifact) -> dict[str, Action]:
     return found
 
 
+def _settings(store: Store, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What tells each way of measuring from others by the same stage: its parameters, and what its data came of."""
+    made, fields = _made(store), {}
+    for way, preimage in ways.items():
+        fields[way] = dict(preimage["parameters"])
+        for role, artifact in preimage["inputs"].items():
+            source = {"artifact": artifact[:12]}
+            if artifact in made:
+                content = {name: digest[:12] for name, digest in made[artifact].preimage.get("content", {}).items()}
+                source = {**made[artifact].preimage["parameters"], **content}
+            fields[way] |= {f"{role} {name}": value for name, value in source.items()}
+    settings = {}
+    for way, preimage in ways.items():
+        rivals = [fields[other] for other in ways if ways[other]["stage"] == preimage["stage"]]
+        names = sorted({name for rival in rivals for name in rival})
+        telling = [name for name in names if any(rival.get(name) != rivals[0].get(name) for rival in rivals)]
+        settings[way] = ", ".join(f"{name} {_value(fields[way].get(name))}" for name in telling)
+    return settings
+
+
+def _made(store: Store) -> dict[str, Action]:
+    """{artifact id: the first action that made it}."""
+    made: dict[str, Action] = {}
+    for action in sorted(store.actions(), key=lambda action: str(action.provenance.get("started", ""))):
+        made.setdefault(action.artifact.id, action)
+    return made
+
+
 def _read(store: Store, action: Action) -> dict[str, Any]:
     metrics = json.loads(store.read_file(action.artifact, "metrics.json"))
     assert isinstance(metrics, dict)
@@ -89,9 +117,7 @@ def _read(store: Store, action: Action) -> dict[str, Any]:
 
 def _origin(store: Store, first: Artifact, second: Artifact) -> Iterator[str]:
     """Lines on how they were made: what both come from, and from there on what was done otherwise."""
-    made: dict[str, Action] = {}
-    for action in sorted(store.actions(), key=lambda action: str(action.provenance.get("started", ""))):
-        made.setdefault(action.artifact.id, action)
+    made = _made(store)
     ours, theirs = _chain(made, first), _chain(made, second)
     shared = 0
     while shared < min(len(ours), len(theirs)) and ours[shared].artifact == theirs[shared].artifact:

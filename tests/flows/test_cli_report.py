@@ -153,6 +153,30 @@ def test_compare_names_parameters_and_data_that_differ(
     assert "calibration: parameters.samples 3 in A, 4 in B" in origin[1]
 
 
+def test_compare_tells_measurements_by_one_stage_apart(
+    call: Call,
+    half_done: dict[str, Artifact],
+    run_stage: Callable[..., Artifact],
+    text_file: str,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "other.txt").write_text(Path(text_file).read_text()[::-1])
+    base = half_done["base"]
+    more = run_stage("source/tokens", {"model": base}, source=text_file, length=32, samples=4, split="test")
+    other = run_stage("source/tokens", {"model": base}, source=str(tmp_path / "other.txt"), length=32, samples=4)
+    for data in (more, other):
+        for name in ("base", "pruned"):
+            run_stage("evaluate/perplexity", {"model": half_done[name], "data": data})
+    found = json.loads(call("compare", "tiny/base", "tiny/pruned", "--json").stdout)["metrics"]
+    told = {entry["with"]: entry for entry in found if entry["metric"] == "perplexity"}
+    assert len(told) == 3
+    assert sum("data samples 4" in settings and "data split test" in settings for settings in told) == 1
+    assert sum("data samples 8" in settings and "data text " in settings for settings in told) == 1
+    assert [entry["with"] for entry in found if entry["metric"] == "sparsity"] == [""]
+    table = " ".join(call("compare", "tiny/base", "tiny/pruned").stdout.split())
+    assert table.count("perplexity (data samples 4, data split") == 2
+
+
 def test_compare_refuses_what_has_no_weights_and_tells_other_structure(
     call: Call, half_done: dict[str, Artifact], store: Store, import_model: Callable[..., Artifact]
 ) -> None:
