@@ -6,6 +6,7 @@ other; so a variant of LoSA finds there what it has in common with another, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,8 +105,13 @@ class LosaParameters(LoraParameters):
 
 
 def check_losa(parameters: LosaParameters, facts: ModelFacts) -> Iterator[str]:
-    """Ranks must fit into each layer, N:M groups fill the rows."""
+    """Ranks must fit into each layer, N:M groups fill the rows, rounds have a step each."""
     yield from check_lora(parameters.model_copy(update={"rank": max(parameters.rank, parameters.max_rank)}), facts)
+    if parameters.steps is not None and parameters.steps < parameters.count:
+        yield (
+            f"{parameters.steps} training steps are too few for {parameters.count} rounds; give as many steps or more, "
+            "or fewer rounds"
+        )
     settings = parameters.pruning(parameters.count)
     if parameters.structured:
         yield from check_width(WandaSpParameters(**settings), facts)
@@ -136,7 +142,7 @@ def reconstruction(
     """How far each block's outputs are from those of the original model, each feature relative to its energy there."""
     import torch
 
-    from ..blocks import StoredModel, read_windows, resolve_dtype
+    from ..blocks import StoredModel, not_finite, read_windows, resolve_dtype
     from ..skeleton import Skeleton
 
     errors = []
@@ -150,6 +156,8 @@ def reconstruction(
                 one.prefetch(index + 1)
                 skeleton.advance(index, one.dense(index, dtype), hidden)
             errors.append(relative_error(*states))
+            if not math.isfinite(errors[-1]):
+                raise not_finite(f"the outputs of block {index}", dtype)
             run.progress("comparing", index + 1, sparse.blocks)
             run.stop_if_asked()
     return write_blocks(run, errors)

@@ -195,10 +195,14 @@ def _check(
             f"the {what} of step {step} is not finite; lower learning_rate ({parameters.learning_rate:g}), "
             "or set dtype to float32"
         )
-    recent = sum(losses[-SPAN:]) / SPAN
-    if not may_rise and step > SPAN and recent > 1.5 * losses[0] + 0.5:
+    if may_rise or step <= SPAN:
+        return
+    means = torch.tensor(losses, dtype=torch.float64).unfold(0, SPAN, 1).mean(1)
+    end = int(means.argmin()) + SPAN
+    lowest, where = min((losses[0], "in the first step"), (float(means.min()), f"in {SPAN} steps up to step {end}"))
+    if (recent := float(means[-1])) > 1.5 * lowest + 0.5:
         raise StageError(
-            f"training diverges: the loss was {losses[0]:.3f} in the first step and is {recent:.3f} in the last {SPAN} "
+            f"training diverges: the loss was {lowest:.3f} {where} and is {recent:.3f} in the last {SPAN} "
             f"up to step {step}; lower learning_rate ({parameters.learning_rate:g})"
         )
 

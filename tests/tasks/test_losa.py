@@ -14,10 +14,10 @@ from coldpress.storage.inspect import verify
 from coldpress.storage.store import Action, Store
 from coldpress.tasks.adaptation.layers import Frozen, MaskedLora
 from coldpress.tasks.adaptation.losa import allocate_ranks, relative_error, resize, round_rank, round_sparsity
-from coldpress.tasks.adaptation.losa_stage import LosaParameters, share_steps
+from coldpress.tasks.adaptation.losa_stage import LosaParameters, check_losa, share_steps
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.resuming import SavingPace
-from coldpress.tasks.stage import Preempted, Run, StageError, compute
+from coldpress.tasks.stage import Preempted, Run, StageError, compute, facts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -248,7 +248,10 @@ def test_losa_goes_on_where_it_ended(
 
 
 def test_bad_input_is_told_in_a_sentence(
-    import_model: Callable[..., Artifact], make_tokens: Callable[..., Artifact], run_stage: Callable[..., Artifact]
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    store: Store,
 ) -> None:
     with pytest.raises(ValidationError, match="say how much to prune"):
         LosaParameters()
@@ -264,3 +267,6 @@ def test_bad_input_is_told_in_a_sentence(
         run_stage("adapt/losa", inputs, sparsity=0.5, max_rank=512)
     with pytest.raises(StageError, match="2 training steps are too few for 5 rounds"):
         run_stage("adapt/losa", inputs, sparsity=0.5, steps=2, rank=4, max_rank=8)
+    facts = facts_of(store, model)
+    assert any("too few for 5 rounds" in line for line in check_losa(LosaParameters(sparsity=0.5, steps=4), facts))
+    assert not list(check_losa(LosaParameters(sparsity=0.5, steps=5, rank=4, max_rank=8), facts))

@@ -66,6 +66,7 @@ def test_wanda_a_block_at_a_time_is_wanda_on_the_whole_model(
 @pytest.mark.parametrize("stage", [
     "prune/wanda", "prune/sparsegpt", "prune/alps", "prune/wanda-sp", "quantize/gptq",
     "statistics/owl", "statistics/rmi", "statistics/fluctuation", "statistics/influence", "statistics/removal",
+    "statistics/reconstruction",
 ])  # fmt: skip
 def test_activations_that_overflow_are_an_error_not_a_choice(
     stage: str, run_stage: Callable[..., Artifact], tiny_model_folder: Callable[..., str], copied: Callable[[str], Any],
@@ -80,8 +81,10 @@ def test_activations_that_overflow_are_an_error_not_a_choice(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = run_stage("source/model", {}, source=str(folder), dtype="float16")
     settings = {"sparsity": 0.5} if stage.startswith("prune") else {"group_size": 32} if "gptq" in stage else {}
+    original = {"original": model} if stage == "statistics/reconstruction" else {}
+    inputs = {"model": model, **original, "calibration": make_tokens(model)}
     with pytest.raises(StageError, match="not finite in float16; set dtype to bfloat16 or float32"):
-        run_stage(stage, {"model": model, "calibration": make_tokens(model)}, **settings)
+        run_stage(stage, inputs, **settings)
 
 
 def test_weights_that_are_no_numbers_are_an_error(

@@ -318,3 +318,17 @@ def test_training_that_goes_wrong_stops_with_the_step(rate: float, words: str, s
             examples,
             lambda windows, counted: weight.square().square().sum() * counted.sum(),
         )
+
+
+def test_training_that_gets_worse_again_stops(store: Store) -> None:
+    examples = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 2, dtype=torch.bool))
+    values = iter([6.6] * 5 + [3.9] * 12 + [6.5] * 20)  # never above 1.5 times the first
+
+    def loss(windows: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        return (weight - weight.detach()).sum() + next(values) * counted.sum()
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    parameters = TrainingParameters(steps=37, batch_size=2, schedule="constant")
+    words = "diverges: the loss was 3.900 in 10 steps up to step 15 and is .* in the last 10 up to step 27; lower"
+    with pytest.raises(StageError, match=words):
+        train(Run(store, journal=Journal(store, {"stage": "testing"}, {})), {"w": weight}, parameters, examples, loss)
