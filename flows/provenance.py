@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import fmean
 
 from ..storage.store import Action
 from .recipe import Node
 from .result import RunResult
 
 logger = logging.getLogger("coldpress")
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @contextlib.contextmanager
@@ -41,6 +45,7 @@ def provenance_markdown(node: Node, action: Action, state: str) -> str:
         *((f"input {role}", f"`{artifact}`") for role, artifact in action.preimage["inputs"].items()),
         *([("attempt", provenance["attempt"])] if provenance.get("attempt", 1) > 1 else []),
         *([("resumed", resumed_from(action))] if "resumed" in provenance else []),
+        *([("loss", loss_curve(losses))] if (losses := provenance.get("training", {}).get("losses")) else []),
         ("computing took", f"{provenance.get('seconds', 0):.1f} s"),
         ("peak memory", f"{provenance.get('peak_memory_bytes', 0) / 1e6:.0f} MB"),
         ("device", f"{provenance.get('device')} on {provenance.get('host')}, {provenance.get('started')}"),
@@ -50,6 +55,16 @@ def provenance_markdown(node: Node, action: Action, state: str) -> str:
     ]
     lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
     return "\n".join([f"### {node.name}", "", "| | |", "| --- | --- |", *lines])
+
+
+def loss_curve(losses: Sequence[float], width: int = 40) -> str:
+    """ "6.611 █▆▄▃▂▁ 3.216 in 60 steps": at most `width` bars, each the mean of as many steps as the others."""
+    count = min(width, len(losses))
+    cuts = [len(losses) * number // count for number in range(count + 1)]
+    means = [fmean(losses[first:end]) for first, end in pairwise(cuts)]
+    low, spread = min(means), max(means) - min(means) or 1.0
+    bars = "".join(_BARS[round((mean - low) / spread * (len(_BARS) - 1))] for mean in means)
+    return f"{losses[0]:.3f} {bars} {losses[-1]:.3f} in {len(losses)} steps"
 
 
 def resumed_from(action: Action) -> str:
