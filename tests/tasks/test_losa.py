@@ -270,3 +270,26 @@ def test_bad_input_is_told_in_a_sentence(
     facts = facts_of(store, model)
     assert any("too few for 5 rounds" in line for line in check_losa(LosaParameters(sparsity=0.5, steps=4), facts))
     assert not list(check_losa(LosaParameters(sparsity=0.5, steps=5, rank=4, max_rank=8), facts))
+
+
+@pytest.mark.parametrize("criterion", ["pruner-zero", "alps", "gblm", "magnitude"])
+def test_rounds_prune_by_any_criterion(
+    criterion: str,
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    run_stage: Callable[..., Artifact],
+    store: Store,
+) -> None:
+    model = import_model("llama")
+    data = make_tokens(model)
+    inputs = {"model": model, "calibration": data, "data": data}
+    result = run_stage("adapt/losa", inputs, **LOSA, criterion=criterion, rank_truncation=True)
+    assert sum(action.stage == f"prune/{criterion}" for action in store.actions("prune")) == LOSA["rounds"]
+    (action,) = store.actions("adapt")
+    assert max(rank for ranks in action.provenance["ranks"].values() for rank in ranks) <= LOSA["rank"]
+    with ArtifactReader(store, result) as reader:
+        masks = reader.masks({name: reader.manifest.tensors[name].shape for name in reader.manifest.masks})
+        weights = reader.tensors(masks)
+    kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    assert 0.4 < kept <= 0.51
+    assert all(bool((weights[name][~mask] == 0).all()) for name, mask in masks.items())
