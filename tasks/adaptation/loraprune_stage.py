@@ -6,6 +6,7 @@ Blocks that are spared, as the published code spares the first tenth and the las
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -188,7 +189,7 @@ def train_pruned(
         memory=parts.tensors(),
         before_update=observe,
         after_update=prune,
-        may_rise=True,
+        may_rise_to=math.log(int(stored.config["vocab_size"])),  # all tokens alike
     )
     note_training(run, parameters, losses, sum(parameter.numel() for parameter in learned.values()))
     return network, parts

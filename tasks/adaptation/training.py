@@ -24,8 +24,12 @@ from ..stage import Run, StageError
 if TYPE_CHECKING:
     from .lora_stage import TrainingParameters
 
-# Losses of this many steps are averaged to see whether training diverges.
+# Losses of this many steps are averaged to see whether training diverges. The first steps may jump, with an optimizer
+# that knows nothing yet: until there are more, only the last losses of a training that ends so early are looked at.
 SPAN = 10
+# Losses of single tokens spread by about 3 nats, so of two means over n tokens one is by chance more than this over
+# sqrt(n) above the other in one case of several hundred.
+CHANCE = 12.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def train(
     save_at_end: bool = False,
     before_update: Callable[[int], None] = lambda step: None,
     after_update: Callable[[int, float], None] = lambda step, rate: None,
-    may_rise: bool = False,
+    may_rise_to: float = 0.0,
 ) -> list[float]:
     """Train `learned` in place. Returns the mean loss of each step.
 
@@ -108,7 +112,10 @@ def train(
     phase: tells several trainings of one stage apart in its journal. memory: further tensors that the two functions
     change in place; they are kept with the rest. save_at_end: whether the stage goes on after this training.
     before_update: called with gradients complete; after_update: called with the weights changed, with the step's
-    learning rate. may_rise: a rising loss is no error, since weights are removed on the way.
+    learning rate. may_rise_to: a loss up to which rising is no error, since weights are removed on the way.
+
+    What a step made of the weights is kept when the next one has found it sound; of the last one, if it is finite.
+    Raises StageError, naming the step, when losses, gradients or weights are not finite, or training diverges.
     """
     journal = run.journal
     assert journal is not None
@@ -131,8 +138,10 @@ def train(
         run.note("resumed", {"from_step": 0, "of": steps, "seconds_before": 0.0})
     saving = SavingPace(3 * sum(tensor.nbytes for tensor in kept.values()))
     clock = time.perf_counter()
+    first = len(losses)
+    tokens = int(examples.counted.sum()) * parameters.batch_size / len(examples)
 
-    def save() -> None:
+    def save(losses: list[float]) -> None:
         nonlocal clock
         tensors, record = _state(optimizer)
         with saving:
@@ -142,22 +151,29 @@ def train(
             tensors = {**kept, **tensors, "losses": torch.tensor(losses, dtype=torch.float64)}
             journal.save_state(len(journal.steps), tensors, {"phase": phase, "optimizer": record})
 
-    for step in range(len(losses), steps):
+    for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
         rate = learning_rate(step, steps, parameters)
         for group in optimizer.param_groups:
             group["lr"] = rate
         losses.append(_gradients(run, parameters, examples, loss, step, seed))
+        gradients = [parameter.grad for parameter in learned.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        _check(losses, norm, steps, tokens, parameters, may_rise_to)
+        if step > first and (run.stop_asked() or saving.due()):
+            save(losses[:-1])
+        run.stop_if_asked()
         before_update(step)
-        _check(losses, learned, parameters, may_rise)
+        torch.nn.utils.clip_grads_with_norm_(learned.values(), parameters.max_grad_norm or math.inf, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         after_update(step, rate)
         run.progress(f"{what}, loss {losses[-1]:.3f}", step + 1, steps)
-        last = step + 1 == steps
-        if run.stop_asked() or (save_at_end if last else saving.due()):
-            save()
-        run.stop_if_asked()
+    if not all(bool(tensor.isfinite().all()) for tensor in learned.values()):
+        raise _not_finite(f"the weights after step {steps} are", parameters)
+    if first < steps and (save_at_end or run.stop_asked()):
+        save(losses)
+    run.stop_if_asked()
     return losses
 
 
@@ -184,27 +200,33 @@ def _gradients(
 
 
 def _check(
-    losses: list[float], learned: Mapping[str, nn.Parameter], parameters: TrainingParameters, may_rise: bool
+    losses: list[float], norm: Tensor, steps: int, tokens: float, parameters: TrainingParameters, may_rise_to: float
 ) -> None:
-    """Clip the gradients. Raises StageError when training has gone wrong; the last saved step stays."""
+    """Raise StageError if training has gone wrong. norm: of all gradients. tokens: that count in a step, on average."""
     step = len(losses)
-    norm = torch.nn.utils.clip_grad_norm_(learned.values(), parameters.max_grad_norm or math.inf)
     if not math.isfinite(losses[-1]) or not bool(norm.isfinite()):
-        what = "loss" if not math.isfinite(losses[-1]) else "gradient"
-        raise StageError(
-            f"the {what} of step {step} is not finite; lower learning_rate ({parameters.learning_rate:g}), "
-            "or set dtype to float32"
-        )
-    if may_rise or step <= SPAN:
+        what = "gradient" if math.isfinite(losses[-1]) else "loss"
+        raise _not_finite(f"the {what} of step {step} is", parameters)
+    if step == 1 or step < min(steps, SPAN + 1):
         return
-    means = torch.tensor(losses, dtype=torch.float64).unfold(0, SPAN, 1).mean(1)
-    end = int(means.argmin()) + SPAN
-    lowest, where = min((losses[0], "in the first step"), (float(means.min()), f"in {SPAN} steps up to step {end}"))
-    if (recent := float(means[-1])) > 1.5 * lowest + 0.5:
+    span = SPAN if step > SPAN else step // 2
+    means = torch.tensor(losses, dtype=torch.float64).unfold(0, span, 1).mean(1)
+    best = int(means.argmin())
+    lowest, where = min((losses[0], _steps_until(1, 1)), (float(means[best]), _steps_until(span, best + span)))
+    bound = 1.5 * lowest + 0.5 if span == SPAN else 2 * lowest + 1 + CHANCE / math.sqrt(span * tokens)
+    if (recent := float(means[-1])) > max(bound, may_rise_to):
         raise StageError(
-            f"training diverges: the loss was {lowest:.3f} {where} and is {recent:.3f} in the last {SPAN} "
-            f"up to step {step}; lower learning_rate ({parameters.learning_rate:g})"
+            f"training diverges: the loss was {lowest:.3f} {where} and is {recent:.3f} {_steps_until(span, step)}; "
+            f"lower learning_rate ({parameters.learning_rate:g})"
         )
+
+
+def _steps_until(span: int, end: int) -> str:
+    return f"in step {end}" if span == 1 else f"in the {span} steps up to step {end}"
+
+
+def _not_finite(what: str, parameters: TrainingParameters) -> StageError:
+    return StageError(f"{what} not finite; lower learning_rate ({parameters.learning_rate:g}), or set dtype to float32")
 
 
 def _optimizer(parameters: TrainingParameters, learned: list[nn.Parameter], device: str) -> torch.optim.Optimizer:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.inspect import verify
-from coldpress.storage.journal import Journal
+from coldpress.storage.journal import Journal, State
 from coldpress.storage.store import Action, Store
 from coldpress.tasks.adaptation.layers import Frozen, Lora, MaskedLora
 from coldpress.tasks.adaptation.lora_stage import TrainingParameters
@@ -301,13 +303,18 @@ def test_bad_input_is_told_in_a_sentence(
         run_stage("merge/lora", {"model": adapter})
 
 
+EXAMPLES = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 2, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("rate", "words"),
-    [(1e3, "training diverges: the loss was 1.000 in the first step"), (1e30, "of step 2 is not finite")],
+    [
+        (1e3, "training diverges: the loss was 1.000 in step 1 and is .* in the 10 steps up to step 11;"),
+        (1e30, "of step 2 is not"),
+    ],
 )
 def test_training_that_goes_wrong_stops_with_the_step(rate: float, words: str, store: Store) -> None:
     parameters = TrainingParameters(steps=60, batch_size=2, learning_rate=rate, schedule="constant", warmup=0)
-    examples = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 2, dtype=torch.bool))
     weight = torch.nn.Parameter(torch.ones(1))
     journal = Journal(store, {"stage": "testing"}, {})
     with pytest.raises(StageError, match=words + ".*lower learning_rate"):
@@ -315,20 +322,165 @@ def test_training_that_goes_wrong_stops_with_the_step(rate: float, words: str, s
             Run(store, journal=journal),
             {"weight": weight},
             parameters,
-            examples,
+            EXAMPLES,
             lambda windows, counted: weight.square().square().sum() * counted.sum(),
         )
 
 
-def test_training_that_gets_worse_again_stops(store: Store) -> None:
-    examples = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 2, dtype=torch.bool))
-    values = iter([6.6] * 5 + [3.9] * 12 + [6.5] * 20)  # never above 1.5 times the first
-
-    def loss(windows: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        return (weight - weight.detach()).sum() + next(values) * counted.sum()
-
+def train_with_losses(store: Store, values: list[float], examples: Examples = EXAMPLES, **further: Any) -> list[float]:
+    """The training loop, with the loss of each step given."""
+    following = iter(values)
     weight = torch.nn.Parameter(torch.ones(1))
-    parameters = TrainingParameters(steps=37, batch_size=2, schedule="constant")
-    words = "diverges: the loss was 3.900 in 10 steps up to step 15 and is .* in the last 10 up to step 27; lower"
+
+    def loss(windows: Tensor, counted: Tensor) -> Tensor:
+        return (weight - weight.detach()).sum() + next(following) * counted.sum()
+
+    parameters = TrainingParameters(steps=len(values), batch_size=2, schedule="constant")
+    journal = Journal(store, {"stage": "testing", "for": uuid.uuid4().hex}, {})
+    return train(Run(store, journal=journal), {"w": weight}, parameters, examples, loss, **further)
+
+
+def test_training_that_gets_worse_again_stops(store: Store) -> None:
+    values = [6.6] * 5 + [3.9] * 12 + [6.5] * 20  # never above 1.5 times the first
+    words = "diverges: the loss was 3.900 in the 10 steps up to step 15 and is .* in the 10 steps up to step 27; lower"
     with pytest.raises(StageError, match=words):
-        train(Run(store, journal=Journal(store, {"stage": "testing"}, {})), {"w": weight}, parameters, examples, loss)
+        train_with_losses(store, values)
+
+
+def test_training_of_a_few_steps_that_ends_worse_stops(store: Store) -> None:
+    """But not for a jump on the way, nor for what may be chance: four tokens a step, or two thousand."""
+    many = Examples(torch.zeros(4, 1025, dtype=torch.long), torch.ones(4, 1024, dtype=torch.bool))
+    values = [3.0, 3.2, 6.0, 9.0]
+    words = r"the loss was 3.000 in step 1 and is 7.500 in the 2 steps up to step 4; lower learning_rate"
+    with pytest.raises(StageError, match=words):
+        train_with_losses(store, values, many)
+    assert train_with_losses(store, values) == pytest.approx(values)
+    jumps = [3.0, 13.0, 3.4, 3.2]
+    assert train_with_losses(store, jumps, many) == pytest.approx(jumps)
+    with pytest.raises(StageError, match=r"the loss was 3.000 in step 1 and is 14.* up to step 5"):
+        train_with_losses(store, [3.0, 3.2, 6.0, 11.0, 18.0])
+    with pytest.raises(StageError, match=r"is 13.000 in step 2"):
+        train_with_losses(store, [3.0, 13.0], many)
+
+
+def test_a_loss_that_may_rise_may_not_rise_further(store: Store) -> None:
+    values = [3.0] * 10 + [9.0] * 20
+    with pytest.raises(StageError, match="training diverges"):
+        train_with_losses(store, values)
+    assert train_with_losses(store, values, may_rise_to=10.8) == pytest.approx(values)
+    with pytest.raises(StageError, match="training diverges"):
+        train_with_losses(store, [*values, *[12.0] * 10], may_rise_to=10.8)
+
+
+@pytest.mark.parametrize("ruined", [0, 3, 6])
+def test_what_is_kept_is_from_before_the_weights_were_ruined(
+    ruined: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are still finite, and so is the optimizer's state: only the next loss tells."""
+    monkeypatch.setattr(SavingPace, "due", lambda self: True)
+    parameters = TrainingParameters(steps=8, batch_size=2, learning_rate=1e-3, schedule="constant", warmup=0)
+
+    def attempt() -> State | None:
+        weight = torch.nn.Parameter(torch.ones(1))
+        journal = Journal(store, {"stage": "testing"}, {})
+        with pytest.raises(
+            StageError, match=rf"loss of step {ruined + 2} is not finite; lower learning_rate \(0.001\)"
+        ):
+            train(
+                Run(store, journal=journal),
+                {"w": weight},
+                parameters,
+                EXAMPLES,
+                lambda windows, counted: weight.square().square().sum() * counted.sum(),
+                after_update=lambda step, rate: weight.data.fill_(1e30) if step == ruined else None,
+            )
+        return Journal(store, {"stage": "testing"}, {}).state()
+
+    state = attempt()
+    if ruined == 0:
+        assert state is None
+        return
+    assert state is not None
+    kept = state.tensors["losses"].tolist()
+    assert len(kept) == ruined
+    assert sorted(kept, reverse=True) == kept
+    assert float(state.tensors["learned.w"]) == pytest.approx(1, abs=0.01)
+    again = attempt()  # goes on from there, to the same end
+    assert again is not None
+    assert again.tensors["losses"].tolist() == kept
+
+
+@pytest.mark.parametrize("save_at_end", [True, False])
+def test_what_the_last_step_ruined_is_neither_kept_nor_used(
+    save_at_end: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SavingPace, "due", lambda self: True)
+    weight = torch.nn.Parameter(torch.ones(1))
+    journal = Journal(store, {"stage": "testing"}, {})
+    with pytest.raises(StageError, match="the weights after step 3 are not finite; lower learning_rate"):
+        train(
+            Run(store, journal=journal),
+            {"w": weight},
+            TrainingParameters(steps=3, batch_size=2),
+            EXAMPLES,
+            lambda windows, counted: weight.sum() * counted.sum(),
+            after_update=lambda step, rate: weight.data.fill_(torch.nan) if step == 2 else None,
+            save_at_end=save_at_end,
+        )
+    state = Journal(store, {"stage": "testing"}, {}).state()
+    assert state is not None
+    assert len(state.tensors["losses"]) == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in state.tensors.values())
+
+
+@pytest.fixture
+def fitted(
+    whole_model: Callable[..., Any],
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    windows: Callable[[Artifact], Tensor],
+    run_stage: Callable[..., Artifact],
+    tmp_path: Path,
+) -> tuple[Artifact, Artifact]:
+    """A tiny model that knows its data by heart, and these: one of random weights can't become much worse."""
+    data = make_tokens(import_model("llama"), samples=8)
+    model = whole_model("llama").requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(windows(data), labels=windows(data)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 1
+    model.save_pretrained(tmp_path)
+    return run_stage("source/model", {}, source=str(tmp_path)), data
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adapt/lora", {}),
+        ("adapt/full", {}),
+        ("adapt/adalora", {"t_init": 0.3}),
+        ("adapt/sora", {}),
+        ("adapt/losa", {"sparsity": 0.5, "rounds": 2}),
+        ("adapt/loraprune", {"sparsity": 0.5}),
+        ("distill/kl", {}),
+        ("distill/reverse-kl", {}),
+        ("distill/hidden", {}),
+    ],
+)
+def test_every_training_notices_that_it_diverges(
+    name: str,
+    settings: dict[str, Any],
+    store: Store,
+    fitted: tuple[Artifact, Artifact],
+) -> None:
+    """In ten steps, or in rounds of five."""
+    model, data = fitted
+    entry = stage_named(name)
+    given = {"model": model, "data": data, "calibration": data, "teacher": model}
+    inputs = {key: value for key, value in given.items() if key in entry.inputs}
+    training = {**TRAINING, "steps": 10, "learning_rate": 30.0, "schedule": "constant", "warmup": 0}
+    with pytest.raises(StageError, match=r"training diverges: .*; lower learning_rate \(30\)"):
+        compute(Run(store), entry, entry.parameters(**training, **settings), inputs)
