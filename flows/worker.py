@@ -35,8 +35,13 @@ Progress = Callable[[str, int, int], None]
 
 # For the GNU C library, which others ignore: what a block needed goes back to the system when the block is done
 # instead of lying in pieces in the heap, while the activations of calibration (smaller than this) are not mapped anew
-# for each operation.
-_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+# for each operation. For GNU's OpenMP, which torch computes with on a CPU: a thread that waits for work sleeps after a
+# tenth of a millisecond or so instead of several, and leaves its core to threads that hash, write or select.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "GOMP_SPINCOUNT": "10000",
+}
 
 
 # Ends of a stage that the run has its own answers to.
@@ -66,7 +71,7 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**_ALLOCATION, **os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})},
+            env={**_ENVIRONMENT, **os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})},
             start_new_session=True,
         )
         threading.Thread(target=self._listen, daemon=True).start()

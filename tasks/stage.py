@@ -247,7 +247,12 @@ def impossible(store: Store, entry: Stage, parameters: Parameters, inputs: Mappi
         facts = replace(facts, original=facts_of(store, other))
     if facts.format not in entry.accepts:
         takes = ", ".join(sorted(entry.accepts))
-        yield f"{entry.name} can't read a checkpoint in the format '{facts.format}'; it takes {takes}"
+        advice = (
+            "; take the model before it was quantized, or quantize last"
+            if entry.accepts <= {"dense", "adapter"}
+            else ""
+        )
+        yield f"{entry.name} can't read a checkpoint in the format '{facts.format}'; it takes {takes}{advice}"
     else:
         yield from entry.check(parameters, facts)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...storage.artifacts import Artifact, ArtifactWriter
+from ..formats import FORMATS
 from ..stage import ModelFacts, Parameters, Run, stage
 
 
@@ -14,8 +15,13 @@ class MergeParameters(Parameters):
 
 
 def check_merge(parameters: MergeParameters, facts: ModelFacts) -> Iterator[str]:
-    """A term of low rank is dense: it would fill what pruning emptied."""
-    if facts.masked:
+    """A term of low rank is dense: it would fill what pruning emptied, and packed weights have no room for it."""
+    if facts.format != "dense":
+        yield (
+            f"weights packed as {facts.format} can't take up an adapter; evaluate and export it beside its checkpoint, "
+            "or train one for the model from before it was quantized, merge that and quantize last"
+        )
+    elif facts.masked:
         yield (
             "merging would make the pruned weights dense again; evaluate and export the adapter beside its checkpoint, "
             "or train with method sparse-lora, whose result is merged and keeps every zero"
@@ -29,7 +35,7 @@ def check_merge(parameters: MergeParameters, facts: ModelFacts) -> Iterator[str]
     parameters=MergeParameters,
     inputs={"model": "adapter"},
     output="checkpoint",
-    accepts=frozenset({"dense", "adapter"}),
+    accepts=frozenset({*FORMATS, "adapter"}),
     paper="Hu et al. 2021, section 4.1, arXiv:2106.09685",
     check=check_merge,
     after=lambda parameters, facts: replace(facts, format="dense"),

@@ -12,7 +12,7 @@ from coldpress.storage.store import Store
 from runs import artifacts, committed, finish, kill_all, start, states, wait_for
 
 STEPS = 120
-TRAINED = ("lora", "sparse", "full", "adalora", "sora", "losa", "structured", "loraprune", "kl", "hidden")
+TRAINED = ("lora", "sparse", "full", "adalora", "sora", "losa", "structured", "loraprune", "kl", "reverse", "hidden")
 RECIPE = """\
 name: training
 model: {{source: "{model}"}}
@@ -31,6 +31,7 @@ stages:
   structured: {{{losa}, {training}, rank: 4, rounds: 2, sparsity: 0.4, criterion: wanda-sp}}
   loraprune: {{use: adapt, method: loraprune, model: base, data: text, {training}, rank: 4, sparsity: 0.5}}
   kl: {{use: distill, method: kl, model: pruned, teacher: base, data: text, {training}, rank: 4}}
+  reverse: {{use: distill, method: reverse-kl, model: pruned, teacher: base, data: text, {training}, rank: 4}}
   hidden: {{use: distill, method: hidden, model: shallow, teacher: base, data: text, {training}, rank: 4}}
 """
 LOSA = "use: adapt, method: losa, model: base, calibration: calibration, data: text, max_rank: 8"

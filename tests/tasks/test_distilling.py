@@ -16,7 +16,7 @@ from coldpress.tasks.adaptation.network import Network
 from coldpress.tasks.blocks import StoredModel
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.resuming import SavingPace
-from coldpress.tasks.stage import Run, StageError, compute
+from coldpress.tasks.stage import Preempted, Run, StageError, compute
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -353,9 +353,11 @@ STAGES: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["always saved", "never saved"])
+@pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked to stop"])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_distillation_ends_as_an_undisturbed_one(
     name: str,
+    asked: bool,
     saves: bool,
     store: Store,
     import_model: Callable[..., Artifact],
@@ -375,16 +377,18 @@ def test_a_killed_distillation_ends_as_an_undisturbed_one(
         def progress(what: str, done: int, total: int) -> None:
             if what.startswith("distilling"):
                 seen.append(done)
-                if dies and done == 4:
+                if dies and not asked and done == 4:
                     raise Killed
 
         entry = stage_named(name)
-        return compute(Run(store, progress=progress), entry, entry.parameters(**TRAINING, **STAGES[name]), inputs)
+        run = Run(store, progress=progress, stop_asked=lambda: dies and asked and 4 in seen)
+        return compute(run, entry, entry.parameters(**TRAINING, **STAGES[name]), inputs)
 
-    with pytest.raises(Killed):
+    with pytest.raises(Preempted if asked else Killed):
         attempt(dies=True)
     resumed = attempt(dies=False)
-    assert seen == list(range(4 if saves else 1, 7))
+    kept = 4 if asked else 3 if saves else 0
+    assert seen == list(range(kept + 1, 7))
     store.files.delete(f"actions/{name}/{resumed.key}")
     undisturbed = attempt(dies=False)
     assert seen == list(range(1, 7))
@@ -413,7 +417,7 @@ def test_bad_input_is_told_in_a_sentence(
     with pytest.raises(StageError, match="rank 100 is more than"):
         run_stage("distill/kl", inputs, rank=100)
     packed = run_stage("quantize/nf4", {"model": student})
-    with pytest.raises(StageError, match="can't read a checkpoint in the format 'bitsandbytes'"):
+    with pytest.raises(StageError, match=r"can't read a checkpoint in the format 'bitsandbytes'; .* or quantize last"):
         run_stage("distill/kl", {**inputs, "model": packed}, rank=4)
     adapter = run_stage("adapt/lora", {"model": student, "data": data}, **TRAINING, rank=4)
     with pytest.raises(StageError, match="can't take an adapter as 'model'"):

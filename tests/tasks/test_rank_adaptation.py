@@ -15,7 +15,7 @@ from coldpress.tasks.adaptation.diagonal import GatedLora, SingularLora, soft_th
 from coldpress.tasks.adaptation.layers import Frozen
 from coldpress.tasks.catalogue import stage_named
 from coldpress.tasks.resuming import SavingPace
-from coldpress.tasks.stage import Run, StageError, compute
+from coldpress.tasks.stage import Preempted, Run, StageError, compute
 from elsewhere import PEFT, Loaded
 from torch import Tensor, nn
 
@@ -237,11 +237,13 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked to stop"])
 @pytest.mark.parametrize("after", [2, 5, 9])  # before ranks fall, while they do, and in the last phase
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_stage_ends_as_an_undisturbed_one(
     name: str,
     after: int,
+    asked: bool,
     store: Store,
     import_model: Callable[..., Artifact],
     make_tokens: Callable[..., Artifact],
@@ -254,16 +256,21 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(
     parameters = entry.parameters(**TRAINING, **STAGES[name], **({"t_init": 0.3} if "adalora" in name else {}))
 
     def attempt(dies: bool) -> Action:
+        seen: list[int] = []
+
         def progress(what: str, done: int, total: int) -> None:
-            if dies and what.startswith("training") and done == after:
-                raise Killed
+            if what.startswith("training"):
+                seen.append(done)
+                if dies and not asked and done == after:
+                    raise Killed
 
-        return compute(Run(store, progress=progress), entry, parameters, inputs)
+        run = Run(store, progress=progress, stop_asked=lambda: dies and asked and after in seen)
+        return compute(run, entry, parameters, inputs)
 
-    with pytest.raises(Killed):
+    with pytest.raises(Preempted if asked else Killed):
         attempt(dies=True)
     resumed = attempt(dies=False)
-    assert resumed.provenance["resumed"]["from_step"] == after - 1
+    assert resumed.provenance["resumed"]["from_step"] == (after if asked else after - 1)
     assert verify(store) == []
     store.files.delete(f"actions/{name}/{resumed.key}")
     undisturbed = attempt(dies=False)
