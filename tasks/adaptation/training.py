@@ -241,14 +241,16 @@ def _optimizer(parameters: TrainingParameters, learned: list[nn.Parameter], devi
 
 
 def _state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state: tensors, and a JSON record of what is none."""
+    """The optimizer's state: tensors, and a JSON record of what is none. bitsandbytes wraps its own in a mapping."""
     tensors, record = {}, {}
     for number, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{key}"] = value
-            else:
-                record[f"{number}.{key}"] = value
+            inner = {f"{number}.{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {}
+            for path, one in (inner or {f"{number}.{key}": value}).items():
+                if isinstance(one, Tensor):
+                    tensors[f"optimizer.{path}"] = one
+                else:
+                    record[path] = one
     return tensors, record
 
 
@@ -256,7 +258,10 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], re
     """The inverse of `_state`."""
     state: dict[int, dict[str, Any]] = {}
     marked = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    for name, value in (*marked.items(), *record.items()):
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
+    for path, value in (*marked.items(), *record.items()):
+        number, *keys, last = path.split(".")
+        entries = state.setdefault(int(number), {})
+        for key in keys:
+            entries = entries.setdefault(key, {})
+        entries[last] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

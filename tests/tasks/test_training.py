@@ -14,6 +14,7 @@ from coldpress.storage.artifacts import Artifact, ArtifactReader
 from coldpress.storage.inspect import verify
 from coldpress.storage.journal import Journal, State
 from coldpress.storage.store import Action, Store
+from coldpress.tasks.adaptation import training
 from coldpress.tasks.adaptation.layers import Frozen, Lora, MaskedLora
 from coldpress.tasks.adaptation.lora_stage import TrainingParameters
 from coldpress.tasks.adaptation.training import Examples, batch_of, learning_rate, train
@@ -269,6 +270,49 @@ def test_training_goes_on_where_it_ended(
     assert list(store.files.list("journals")) == []
     assert verify(store) == []
     store.files.delete(f"actions/{name}/{resumed.key}")
+    undisturbed = attempt(dies=False)
+    assert "resumed" not in undisturbed.provenance
+    assert resumed.artifact == undisturbed.artifact
+    assert resumed.provenance["training"]["losses"] == undisturbed.provenance["training"]["losses"]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_training_with_states_in_8_bits_goes_on_where_it_ended(
+    store: Store,
+    import_model: Callable[..., Artifact],
+    make_tokens: Callable[..., Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What bitsandbytes keeps is the same on a CPU, where it computes too, only unpaged."""
+    make = training._optimizer
+    made: list[torch.optim.Optimizer] = []
+
+    def on_cuda(parameters: TrainingParameters, learned: list[torch.nn.Parameter], device: str) -> Any:
+        made.append(make(parameters, learned, "cuda"))
+        return made[-1]
+
+    monkeypatch.setattr(training, "_optimizer", on_cuda)
+    monkeypatch.setattr(SavingPace, "due", lambda self: True)
+    model = import_model("llama")
+    inputs = {"model": model, "data": make_tokens(model, samples=10)}
+    entry = stage_named("adapt/full")
+    values = entry.parameters(**TRAINING, optimizer="paged-adamw-8bit")
+
+    def attempt(dies: bool) -> Action:
+        def progress(what: str, done: int, total: int) -> None:
+            if dies and what.startswith("training") and done == 4:
+                raise Killed
+
+        return compute(Run(store, progress=progress), entry, values, inputs)
+
+    with pytest.raises(Killed):
+        attempt(dies=True)
+    resumed = attempt(dies=False)
+    assert resumed.provenance["resumed"]["from_step"] == 3
+    assert torch.uint8 in {
+        t.dtype for state in made[-1].state.values() for t in state.values() if isinstance(t, Tensor)
+    }
+    store.files.delete(f"actions/adapt/full/{resumed.key}")
     undisturbed = attempt(dies=False)
     assert "resumed" not in undisturbed.provenance
     assert resumed.artifact == undisturbed.artifact
