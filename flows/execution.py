@@ -87,22 +87,17 @@ class Execution:
             raise
 
     def _run_all(self, futures: dict[str, Any]) -> None:
-        from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-        from prefect.exceptions import PrefectException
+        from prefect.context import TagsContext
 
-        self._submit_all(futures)
+        # Tags of a task, the flow run's among them, are looked up at the server before it begins, for limits that go by
+        # tags: a stage would wait for a server that is busy, and fail with one that is away.
+        with TagsContext(current_tags=set()):
+            self._submit_all(futures)
         for node in self.recipe.nodes:
-            try:
-                futures[node.name].wait()
-            except ConcurrencySlotAcquisitionError as error:  # Prefect asks its server before each task
-                self.result.cut_off = f"the Prefect server did not answer: {error.__cause__ or error}"
-            except PrefectException:  # its inputs are of a stage that was cut off
-                if self.result.cut_off is None:
-                    raise
+            futures[node.name].wait()
             if self.result.stages[node.name].state == "pending":
                 self.result.record(node, "skipped")
                 why = "the run was asked to stop" if self._slots.stopping else "something before it failed"
-                why = self.result.cut_off or why
                 self.terminal.finish(node.name, "skipped", 0, why)
 
     def _submit_all(self, futures: dict[str, Any]) -> None:
@@ -211,7 +206,6 @@ class Execution:
         return prefect.task(
             name=node.stage.name,
             task_run_name=node.name,
-            tags=[node.stage.use],
             persist_result=False,
             cache_policy=prefect.cache_policies.NO_CACHE,
         )(self._run_node)

@@ -61,8 +61,6 @@ class StageResult:
 @dataclass
 class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
-    cut_off: why Prefect could not even begin a stage, if so.
-
     out_of_budget: likewise, its device time was used up; device_seconds: of all attempts, {"used": …, "allowed": …},
     where it has a budget.
 
@@ -84,7 +82,6 @@ class RunResult:
     stopped_by: int | None = None
     attempt: int = 1
     out_of_time: bool = False
-    cut_off: str | None = None
     out_of_budget: bool = False
     device_seconds: dict[str, float] | None = None
 
@@ -163,9 +160,6 @@ def end_state(result: RunResult) -> State[Any]:
         return Cancelled(message=used_up(**result.device_seconds))
     if left and result.stopped_by is not None:
         return Crashed(name=PREEMPTED, message=f"asked to stop; to be done: {', '.join(left)}")
-    failed = any(entry.state == "failed" for entry in result.stages.values())
-    if left and result.cut_off is not None and not failed:
-        return Crashed(message=f"{result.cut_off}; to be done: {', '.join(left)}")
     if left:
         return Failed(message=f"{len(left)} of {len(result.stages)} stages did not finish: {', '.join(left)}")
     return Completed(message="all stages finished")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import httpx
 import pytest
 from coldpress.flows.prefect_server import server_configured
 from coldpress.flows.recipe import load_recipe
-from coldpress.flows.result import RunResult, end_state
+from coldpress.flows.result import RunResult
 from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
@@ -189,24 +188,14 @@ def test_a_server_that_goes_away_costs_what_the_dashboard_shows_and_no_stage(
     assert set(states(run(memory)).values()) == {"computed"}
 
 
-def test_stages_that_could_not_begin_without_the_server_are_interrupted_and_have_not_failed(
-    run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+def test_no_stage_asks_the_server_before_it_begins(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.client.orchestration import PrefectClient
 
-    @contextlib.contextmanager
-    def away(*arguments: Any, **named: Any) -> Iterator[None]:
-        raise ConcurrencySlotAcquisitionError("no slots") from httpx.ConnectError("All connection attempts failed")
-        yield
+    def away(*arguments: Any, **named: Any) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("prefect.task_engine._concurrency", away)  # asked before each task
-        cut_off = run(memory)
-    assert set(states(cut_off).values()) == {"skipped"}
-    ending = end_state(cut_off)
-    assert ending.is_crashed()
-    assert "All connection attempts failed" in str(ending.message)
-    assert end_state(run(memory)).is_completed()
+    monkeypatch.setattr(PrefectClient, "increment_concurrency_slots_with_lease", away)
+    assert set(states(run(memory)).values()) == {"computed"}
 
 
 def test_a_failed_branch_leaves_the_others_running(run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
