@@ -7,7 +7,10 @@ model stays in memory between calls.
 from __future__ import annotations
 
 import math
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Family, family_of
+from .causal_attention import use_causal_attention
 
 # Windows go through a block together up to this many tokens: small matrices keep no processor busy.
 TOKENS_AT_ONCE = 1024
+# On the CPU so many such parts side by side, each with its share of torch's threads. A thread that other programs keep
+# waiting then holds up its own part, where it would hold up all threads at the end of each operation.
+PARTS_AT_ONCE = 2
 
 
 class Statistic(Protocol):
@@ -45,6 +52,8 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self.model = build_model(config, dtype)
+        if device == "cpu":
+            use_causal_attention(self.model)
         self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -93,8 +102,13 @@ class Skeleton:
 
     def advance(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
         """Replace windows [windows, length, hidden], wherever they are kept, by the outputs of block `index`."""
-        for part in parts(hidden):
-            part.copy_(self.forward_block(index, weights, part.to(self.device)))
+
+        with self._filled(index, weights) as block:
+
+            def replace(number: int, part: Tensor) -> None:
+                part.copy_(block(part.to(self.device)))
+
+            _side_by_side(parts(hidden), replace, self.device)
 
     def gather(
         self,
@@ -109,28 +123,31 @@ class Skeleton:
         The forward pass ends at the last input asked for: the final projection is never multiplied out. `before_each`
         is called now and then; what it raises ends the pass, `hidden` as it was.
         """
-        block = self._blocks[index]
-        left = 0
+        here = threading.local()  # number: of the part that a thread is at; left: statistics that still lack it
+        turns = _Turns()
 
         def hook(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                nonlocal left
-                statistic.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
-                left -= 1
-                if left == 0:
+                with turns.at(module, here.number):
+                    statistic.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
+                here.left -= 1
+                if here.left == 0:
                     raise _Stop
 
             return add
 
-        handles = [
-            block.get_submodule(name).register_forward_pre_hook(hook(statistic)) for name, statistic in wanted.items()
-        ]
+        layers = {self._blocks[index].get_submodule(name): statistic for name, statistic in wanted.items()}
+        handles = [layer.register_forward_pre_hook(hook(statistic)) for layer, statistic in layers.items()]
         try:
-            for part in parts(hidden):
-                before_each()
-                left = len(wanted)
-                with _ignoring_stop():
-                    self.forward_block(index, weights, part.to(self.device))
+            with self._filled(index, weights) as block:
+
+                def see(number: int, part: Tensor) -> None:
+                    here.number, here.left = number, len(wanted)
+                    with turns.over_at_errors(), _ignoring_stop():
+                        before_each()
+                        block(part.to(self.device))
+
+                _side_by_side(parts(hidden), see, self.device)
         finally:
             for handle in handles:
                 handle.remove()
@@ -151,27 +168,29 @@ class Skeleton:
         return torch.tanh(logits / cap) * cap if cap else logits
 
     @contextmanager
+    def _filled(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Block `index` with the given weights, as a function of its inputs that several threads may call."""
+        block = self._blocks[index]
+        arguments, keywords = self._calls[index]
+        assert weights.keys() == {name for name, _ in block.named_parameters()}
+
+        def call(hidden: Tensor) -> Tensor:
+            output = block(hidden, *arguments, **keywords)
+            return output[0] if isinstance(output, tuple) else output
+
+        with _in_place(block, weights):
+            yield call
+
+    @contextmanager
     def _weights(self, outer: Mapping[str, Tensor]) -> Iterator[None]:
         """The given tensors in place of the parameters outside the blocks."""
-        saved: list[tuple[nn.Module, str, nn.Parameter]] = []
-        tensors = dict(outer)
+        names = {name: self.family.file_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
-        try:
-            for name, parameter in self.model.named_parameters(remove_duplicate=False):
-                key = self.family.file_name(name)
-                if key in tensors:
-                    owner, _, last = name.rpartition(".")
-                    module = self.model.get_submodule(owner)
-                    saved.append((module, last, parameter))
-                    module._parameters[last] = nn.Parameter(tensors[key], requires_grad=False)
-            if head.weight.is_meta and not embedding.weight.is_meta:  # a tied head
-                saved.append((head, "weight", head.weight))
-                head._parameters["weight"] = embedding.weight
-            yield
-        finally:
-            for module, name, parameter in reversed(saved):
-                module._parameters[name] = parameter
+        with _in_place(self.model, {name: outer[key] for name, key in names.items() if key in outer}):
+            tied = head.weight.is_meta and not embedding.weight.is_meta
+            with _in_place(head, {"weight": embedding.weight} if tied else {}):
+                yield
 
     @contextmanager
     def _recording(self, first: list[Tensor], *, stop_at_first: bool) -> Iterator[None]:
@@ -218,6 +237,70 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
 def parts(hidden: Tensor) -> tuple[Tensor, ...]:
     """Views of windows [windows, length, hidden] that go through a block together."""
     return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
+
+
+def _side_by_side(parts: Sequence[Tensor], work: Callable[[int, Tensor], None], device: str) -> None:
+    """`work(number, part)` for all parts: on the CPU PARTS_AT_ONCE at a time, begun in their order."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads % PARTS_AT_ONCE or len(parts) < PARTS_AT_ONCE:
+        for number, part in enumerate(parts):
+            work(number, part)
+        return
+    each = threads // PARTS_AT_ONCE
+    try:
+        with ThreadPoolExecutor(PARTS_AT_ONCE, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            for done in [pool.submit(work, number, part) for number, part in enumerate(parts)]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # for threads to come: those that there are have a number of their own
+
+
+class _Turns:
+    """Lets parts that go through a block side by side pass each place in their order."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._passed: dict[object, int] = defaultdict(int)
+        self._over = False
+
+    @contextmanager
+    def at(self, place: object, number: int) -> Iterator[None]:
+        """Waits until all parts before this one have passed. Raises _Stop when one of them never will."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._over or self._passed[place] == number)
+            if self._over:
+                raise _Stop
+        yield
+        with self._moved:
+            self._passed[place] += 1
+            self._moved.notify_all()
+
+    @contextmanager
+    def over_at_errors(self) -> Iterator[None]:
+        """An error in here ends the waiting of the others."""
+        try:
+            yield
+        except BaseException:
+            with self._moved:
+                self._over = True
+                self._moved.notify_all()
+            raise
+
+
+@contextmanager
+def _in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The given tensors in place of a module's parameters of those names."""
+    saved: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]] = []
+    try:
+        for name, tensor in tensors.items():
+            owner, _, last = name.rpartition(".")
+            parameters = module.get_submodule(owner)._parameters
+            saved.append((parameters, last, parameters[last]))
+            parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        yield
+    finally:
+        for parameters, last, parameter in reversed(saved):
+            parameters[last] = parameter
 
 
 @contextmanager

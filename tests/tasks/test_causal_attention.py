@@ -1,0 +1,71 @@
+"""Attention with queries in pieces: `transformers`' own, to the last bit, in all families that use torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from coldpress.storage.artifacts import Artifact
+from coldpress.tasks import causal_attention
+from coldpress.tasks.architectures import known_model_types
+from coldpress.tasks.skeleton import Skeleton
+from torch import Tensor
+
+LENGTH = 450  # two pieces and a shorter one
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(queries, keys) of each piece that torch attended to."""
+    seen = []
+    plain = causal_attention.sdpa_attention_forward
+
+    def see(module: Any, query: Tensor, key: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        seen.append((query.shape[2], key.shape[2]))
+        return plain(module, query, key, *arguments, **keywords)
+
+    monkeypatch.setattr(causal_attention, "sdpa_attention_forward", see)
+    return seen
+
+
+def some_windows(length: int) -> Tensor:
+    return torch.randint(0, 128, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def whole_logits(model: Any, windows: Tensor) -> Tensor:
+    return torch.cat([model(window[None], use_cache=False).logits for window in windows])
+
+
+@pytest.mark.parametrize("family", known_model_types())
+def test_logits_are_those_of_the_whole_model(
+    family: str,
+    import_model: Callable[..., Artifact],
+    whole_model: Callable[..., Any],
+    block_loop_logits: Callable[..., Tensor],
+    pieces: list[tuple[int, int]],
+) -> None:
+    longer = {"max_position_embeddings": 512}
+    by_blocks = block_loop_logits(import_model(family, **longer), some_windows(LENGTH))
+    assert torch.equal(by_blocks, whole_logits(whole_model(family, **longer), some_windows(LENGTH)))
+    if family == "llama":
+        assert set(pieces) == {(192, 192), (192, 384), (66, 450)}
+
+
+@pytest.mark.parametrize("length", [192, 768])
+def test_short_and_long_windows_are_left_to_torch(
+    length: int,
+    import_model: Callable[..., Artifact],
+    block_loop_logits: Callable[..., Tensor],
+    pieces: list[tuple[int, int]],
+) -> None:
+    block_loop_logits(import_model("llama", max_position_embeddings=1024), some_windows(length))
+    assert set(pieces) == {(length, length)}
+
+
+def test_what_attends_in_another_way_keeps_to_it(whole_model: Callable[..., Any]) -> None:
+    config = whole_model("gemma2").config.to_dict()  # caps its scores, which torch's attention can't
+    skeleton = Skeleton(config, torch.float32, "cpu")
+    assert skeleton.model.config._attn_implementation == "eager"
