@@ -65,12 +65,14 @@ class Worker:
         self._asked_to_stop = False
         # A session of its own, so that Ctrl-C reaches the run first and it decides what happens here.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coldpress.flows.worker", device, str(share)],
+            # -P: modules come from where coldpress has them, never from a file in the user's folder.
+            [sys.executable, "-P", "-m", "coldpress.flows.worker", device, str(share)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            errors="backslashreplace",  # libraries print what they like, and must be read
             env={**_ENVIRONMENT, **os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})},
             start_new_session=True,
         )
@@ -241,19 +243,19 @@ def _serve(device: str, share: int) -> None:
             inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
             lease = Lease(*request["lease"]) if request["lease"] else None
             action = compute(run, stage, parameters, inputs, request["context"], lease)
+            answer = {"done": action.key}
         except tuple(_OUTCOMES.values()) as error:
-            _answer(answers, **{type(error).__name__: str(error)})
+            answer = {type(error).__name__: str(error)}
         except ColdpressError as error:
-            _answer(answers, error=str(error), traceback=traceback.format_exc())
+            answer = {"error": str(error), "traceback": traceback.format_exc()}
         except Exception as error:  # noqa: BLE001 (the process boundary: everything is reported, with its traceback)
             trace = traceback.format_exc()
             sys.stderr.write(trace)
             sys.stderr.flush()
-            _answer(answers, error=f"{type(error).__name__}: {error}", traceback=trace)
-        else:
-            if run.device.startswith("cuda"):
-                torch.cuda.empty_cache()  # others may compute on it before this process does again
-            _answer(answers, done=action.key)
+            answer = {"error": f"{type(error).__name__}: {error}", "traceback": trace}
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # others may compute on it before this process does again
+        _answer(answers, **answer)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from coldpress.flows.worker import Worker, WorkerDied
@@ -70,3 +71,33 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(
     threading.Timer(0.5, lambda: os.kill(worker._process.pid, signal.SIGKILL)).start()
     with pytest.raises(WorkerDied, match="killed"):
         compute_for_ever()
+
+
+def test_what_lies_in_the_users_folder_is_no_module(
+    store: Store, tiny_model_folder: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit('the user's own')")
+    monkeypatch.chdir(tmp_path)
+    worker = Worker("cpu")
+    stage = stage_named("source/model")
+    parameters = stage.parameters(source=tiny_model_folder("llama"))
+    try:
+        assert store.holds(worker.compute(store, stage, parameters, {}, {}, lambda *report: None).artifact)
+    finally:
+        worker.kill()
+
+
+def test_whatever_libraries_print_a_worker_goes_on(
+    store: Store, tiny_model_folder: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than a pipe holds, and no UTF-8.
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.write(2, b'caf\\xe9\\n' + b'loud\\n' * 50_000)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Worker("cpu")
+    stage = stage_named("source/model")
+    parameters = stage.parameters(source=tiny_model_folder("llama"))
+    threading.Timer(60, worker.kill).start()
+    try:
+        assert store.holds(worker.compute(store, stage, parameters, {}, {}, lambda *report: None).artifact)
+    finally:
+        worker.kill()
