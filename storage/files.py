@@ -127,7 +127,7 @@ class LocalFiles:
             return None
 
     def list(self, folder: str) -> Iterator[tuple[str, int]]:
-        for parent, _, names in os.walk(self._full(folder)):
+        for parent, _, names in os.walk(self._full(folder), onerror=_unless_gone):
             for name in names:
                 full = os.path.join(parent, name)
                 try:
@@ -303,3 +303,9 @@ def new_buffer(size: int) -> memoryview:
 
 
 __all__ = ["Files", "LocalFiles", "new_buffer", "open_files", "total_bytes"]
+
+
+def _unless_gone(error: OSError) -> None:
+    """A folder that can't be listed is no empty one: what it names would be garbage."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise StoreError(f"{error.filename} can't be listed: {error.strerror}") from error

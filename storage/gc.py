@@ -10,8 +10,10 @@ looked at again just before.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from .artifacts import Manifest
@@ -54,22 +56,17 @@ def delete_garbage(store: Store, garbage: list[Garbage], *, grace: float = DAY) 
     """Delete what `find_garbage` found, unless it was used meanwhile; returns what was deleted."""
     gone = []
     for reason in REASONS:
-        chosen = [one for one in garbage if one.reason == reason]
-        ages = store.files.ages(_folder_of(reason)) if chosen else {}
-        for one in chosen:
-            if ages.get(one.path, -1.0) >= _least_age(reason, grace):
-                with contextlib.suppress(FileNotFoundError):  # another gc was faster
-                    store.files.delete(one.path)
-                    gone.append(one)
+        chosen = sorted((one for one in garbage if one.reason == reason), key=lambda one: one.path)
+        # A folder of a few files at a time, so that little time passes between a look at their ages and the deletion.
+        for folder, files in groupby(chosen, key=lambda one: os.path.dirname(one.path)):
+            ages = store.files.ages(folder)
+            for one in files:
+                if ages.get(one.path, -1.0) >= _least_age(reason, grace):
+                    with contextlib.suppress(FileNotFoundError):  # another gc was faster
+                        store.files.delete(one.path)
+                        gone.append(one)
     store.files.sync()
     return gone
-
-
-def _folder_of(reason: str) -> str:
-    return {
-        ACTION: "actions", RESULT: "artifacts", BLOB: "blobs", JOURNAL: "journals", LEASE: "leases", SPENT: "spent",
-        LEFTOVER: "tmp", DAMAGED: "damaged",
-    }[reason]  # fmt: skip
 
 
 def _least_age(reason: str, grace: float) -> float:

@@ -53,7 +53,8 @@ class Journal:
         self._all = f"journals/{digest_of(preimage)}"
         self._folder = f"{self._all}/{lease.name if lease else '000000-' + secrets.token_hex(8)}"
         self._begun = False
-        earlier = max((self._read(folder) for folder in self._folders()), key=_how_much, default=_NOTHING)
+        self._before = self._folders()
+        earlier = max((self._read(folder) for folder in self._before), key=_how_much, default=_NOTHING)
         self.steps: list[dict[str, Any]] = list(earlier.steps)
         self.attempts = [*earlier.attempts, {**context, "from_step": len(self.steps)}]
         self._state = earlier.state
@@ -86,8 +87,10 @@ class Journal:
         self._state = {"step": step, "tensors": path, "record": dict(record)}
         self._files.replace(f"{self._folder}/state", [seal(self._state)])
         self._files.sync()
+        self._begin()  # writing took its time, in which another attempt may have built on those before
         for other, _ in list(self._files.list(self._all)):
-            if other != path and (not other.startswith(self._folder) or "/tensors-" in other):
+            folder = _folder_of(other)
+            if folder in self._before or (folder == self._folder and "/tensors-" in other and other != path):
                 self._delete(other)
 
     def state(self) -> State | None:
@@ -119,7 +122,7 @@ class Journal:
             self._begun = True
 
     def _folders(self) -> set[str]:
-        return {"/".join(path.split("/")[:3]) for path, _ in self._files.list(self._all)}
+        return {_folder_of(path) for path, _ in self._files.list(self._all)}
 
     def _read(self, folder: str) -> _Earlier:
         """What an attempt left, as far as it is whole."""
@@ -163,6 +166,11 @@ class _Earlier(NamedTuple):
 
 
 _NOTHING = _Earlier("", [], None, [])
+
+
+def _folder_of(path: str) -> str:
+    """The attempt that a file belongs to."""
+    return "/".join(path.split("/")[:3])
 
 
 def _how_much(earlier: _Earlier) -> tuple[int, str]:

@@ -146,7 +146,7 @@ class Heartbeat:
             for epoch in sorted(_epochs(self._store, self._lease.key)):
                 if epoch <= self._lease.epoch:
                     self._delete(epoch)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             logger.warning("a lease could not be given back, others will wait until it is stale: %s", error)
 
     def _beat(self) -> None:
@@ -158,7 +158,7 @@ class Heartbeat:
                 beats += 1
                 record = _record(self._lease, self._about, beats=beats, doing=self.doing)
                 self._store.files.replace(_path(self._lease.key, self._lease.epoch), [seal(record)])
-            except StoreError as error:
+            except (StoreError, OSError) as error:
                 logger.warning("a heartbeat could not be written: %s", error)
 
     def _delete(self, epoch: int) -> None:

@@ -150,7 +150,11 @@ class Store:
         path = artifact_path(artifact.id)
         if not self.files.create(path, [data]):
             self.files.keep(path)
-            if bytes(self.files.read(path)) != data:
+            try:
+                there = bytes(self.files.read(path))
+            except FileNotFoundError:  # gc was faster
+                there = b""
+            if there != data:
                 self.files.replace(path, [data])
         self.files.sync()
         if vanished := self.missing_blobs(manifest.blobs):  # gc had come between

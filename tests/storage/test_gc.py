@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -205,3 +206,56 @@ def test_a_store_in_memory_has_ages_too() -> None:
     unneeded(store)
     assert find_garbage(store) == []
     assert Counter(one.reason for one in find_garbage(store, grace=-1.0)) == {gc.ACTION: 1, gc.RESULT: 1, gc.BLOB: 3}
+
+
+def test_nothing_is_garbage_when_a_folder_cannot_be_listed(
+    store: Store, age: Age, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.set_ref("demo/pruned", publish(store))
+    age(2)
+    plain = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path) == os.path.join(folder, "refs"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StoreError, match="refs can't be listed: Input/output error"):
+        find_garbage(store)
+
+
+def test_what_is_relied_on_while_other_things_are_deleted_stays(
+    store: Store, age: Age, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(8):
+        publish(store, block(0, seed))
+    age(2)
+    found = find_garbage(store)
+    *_, last = sorted(one.path for one in found if one.reason == gc.BLOB)
+    plain = store.files.delete
+
+    def delete(path: str) -> None:
+        plain(path)
+        if path.startswith("blobs/"):
+            store.files.keep(last)  # as a writer does that has the same content
+
+    monkeypatch.setattr(store.files, "delete", delete)
+    gone = {one.path for one in delete_garbage(store, found)}
+    assert gone == {one.path for one in found} - {last}
+    assert store.files.size(last) is not None
+
+
+def test_a_manifest_that_goes_while_it_is_written_again_is_written_again(
+    store: Store, age: Age, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = publish(store)
+    plain = store.files.keep
+
+    def keep(path: str) -> None:
+        plain(path)
+        if path == artifact_path(before.id):
+            store.files.delete(path)
+
+    monkeypatch.setattr(store.files, "keep", keep)
+    assert store.holds(publish(store))

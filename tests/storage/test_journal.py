@@ -103,3 +103,12 @@ def test_a_finished_stage_leaves_no_journal(store: Store, reopen: Reopen) -> Non
     journal.discard()
     assert list(store.files.list("journals")) == []
     assert list(unfinished(reopen())) == []
+
+
+def test_a_state_that_comes_late_takes_nothing_from_an_attempt_that_went_on(store: Store) -> None:
+    first = filled(store)
+    second = Journal(store, PREIMAGE, CONTEXT)
+    second.commit({"number": 3})
+    first.save_state(3, tensors(2), {})
+    second.commit({"number": 4})
+    assert [step["number"] for step in Journal(store, PREIMAGE, CONTEXT).steps] == [0, 1, 2, 3, 4]

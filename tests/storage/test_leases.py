@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -140,6 +141,28 @@ def test_a_heartbeat_moves_and_tells_what_is_done(store: Store, monkeypatch: pyt
             if record["doing"] == "pruning 3/30":
                 seen.add(record["beats"])
     assert len(seen) == 3
+
+
+def test_a_heartbeat_outlives_a_read_that_failed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("COLDPRESS_LEASE_SECONDS", "1")
+    lease = taken(store)
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+    plain = store.files.read
+
+    def read(path: str) -> memoryview:
+        if failures and threading.current_thread().name == "heartbeat":
+            raise failures.pop()
+        return plain(path)
+
+    monkeypatch.setattr(store.files, "read", read)
+    with Heartbeat(store, lease, ABOUT):
+        deadline = time.monotonic() + 30
+        while leases._read(store, KEY, lease.epoch)[1]["beats"] < 2:  # type: ignore[index]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "a heartbeat could not be written: [Errno 116] Stale file handle" in caplog.text
 
 
 def test_a_loser_neither_beats_on_nor_takes_the_lease_of_its_successor_away(
