@@ -340,11 +340,21 @@ def obtain(run: Run, name: str, inputs: Mapping[str, Artifact], **settings: Any)
 
 
 class PeakMemory:
-    """Peak memory since construction: resident bytes of this process, and on CUDA bytes allocated and reserved."""
+    """Peak memory since construction: resident bytes of this process, and on CUDA bytes allocated and reserved.
+
+    A stage within a stage has one of its own, which sets the counters back; the outer one remembers what they were.
+    """
+
+    _newest: ClassVar[PeakMemory | None] = None
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._resettable = True
+        self._until_set_back: dict[str, int] = {}
+        self._outer = PeakMemory._newest
+        if self._outer is not None:
+            self._outer._until_set_back = self._outer._peaks()
+        PeakMemory._newest = self
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # resets VmHWM to the present size
@@ -357,17 +367,17 @@ class PeakMemory:
 
     def reading(self) -> dict[str, Any]:
         """{"peak_memory_bytes": …, "peak_memory_of": "stage" or "process"} and, on CUDA, the device's counters."""
-        peak = self._high_water()
-        result: dict[str, Any] = {
-            "peak_memory_bytes": peak,
-            "peak_memory_of": "stage" if self._resettable else "process",
-        }
+        PeakMemory._newest = self._outer
+        return {**self._peaks(), "peak_memory_of": "stage" if self._resettable else "process"}
+
+    def _peaks(self) -> dict[str, int]:
+        found = {"peak_memory_bytes": self._high_water()}
         if self._device.startswith("cuda"):
             import torch
 
-            result["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
-            result["peak_device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
-        return result
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            found["peak_device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
+        return {name: max(peak, self._until_set_back.get(name, 0)) for name, peak in found.items()}
 
     @staticmethod
     def _high_water() -> int:

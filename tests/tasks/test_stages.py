@@ -133,6 +133,14 @@ def test_peak_memory_sees_what_was_there_for_a_moment() -> None:
     assert meter.reading()["peak_memory_bytes"] >= before + 200 * 2**20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts of the process are read from /proc")
+def test_peak_memory_outlasts_that_of_a_stage_within_the_stage() -> None:
+    meter = PeakMemory("cpu")
+    assert len(b"x" * 300 * 2**20) == 300 * 2**20
+    inner = PeakMemory("cpu").reading()["peak_memory_bytes"]
+    assert meter.reading()["peak_memory_bytes"] >= inner + 200 * 2**20
+
+
 # The catalogue
 
 
