@@ -104,18 +104,22 @@ def run(
         click.echo(json.dumps(document, indent=2))
     else:
         print_results(document)
+    status = 1 if result.failed else 0
     if result.out_of_budget and result.unfinished and result.device_seconds:
         click.echo(used_up(**result.device_seconds), err=True)
-        sys.exit(1)  # and not as one that is to be started again
-    if result.out_of_time and result.unfinished:
+        status = 1  # and not as one that is to be started again
+    elif result.out_of_time and result.unfinished:
         click.echo(
             "its deadline has come: all finished work is kept, and the same command goes on from there", err=True
         )
-        sys.exit(1)
-    if result.stopped_by is not None and result.unfinished:
+        status = 1
+    elif result.stopped_by is not None and result.unfinished:
         click.echo("pre-empted: all finished work is kept; the same command goes on from there", err=True)
-        sys.exit(128 + result.stopped_by)
-    sys.exit(1 if result.failed else 0)
+        status = 128 + result.stopped_by
+    if result.untold:  # at its exit Prefect would try for minutes to tell the server of each event
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @main.command()

@@ -25,7 +25,7 @@ from ..tasks.stage import Preempted, lookup, preimage
 from .budget import Budget
 from .device_limits import device_note
 from .plan import compare
-from .provenance import artifact_key, provenance_markdown, resumed_from, shown_if_possible
+from .provenance import Dashboard, artifact_key, provenance_markdown, resumed_from
 from .recipe import Node, Recipe
 from .result import PREEMPTED, RunResult, end_state, save_record
 from .slots import Slots
@@ -59,6 +59,7 @@ class Execution:
         seconds: float | None = None,
         budget: Budget | None = None,
     ) -> None:
+        self.dashboard = Dashboard()
         self.device = device
         self.recipe = recipe
         self.store = store
@@ -271,7 +272,7 @@ class Execution:
         """The result of a stage and how it was come by: cached, computed or resumed. One job computes, others wait."""
         if action := lookup(self.store, node.stage, node.parameters, artifacts, self.device):
             return action, "cached"
-        shown = _ProgressArtifact(self.recipe.name, node.name)
+        shown = _ProgressArtifact(self.dashboard, self.recipe.name, node.name)
         image = preimage(node.stage, node.parameters, artifacts, self.device)
         about = {"run": self.result.run, "recipe": self.recipe.name, "node": node.name, "inputs": image["inputs"]}
         self._name_journals_that_do_not_fit(node, image)
@@ -374,18 +375,21 @@ class Execution:
     def _show_artifact(self, node: Node, action: Action, state: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        with shown_if_possible(f"the provenance of {node.name}"):
+        def show() -> None:
             create_markdown_artifact(
                 markdown=provenance_markdown(node, action, state),
                 key=artifact_key(f"{self.recipe.name}-{node.name}"),
                 description=f"{node.name} ({state})",
             )
 
+        self.dashboard.show(f"the provenance of {node.name}", show)
+
 
 class _ProgressArtifact:
     """A stage's progress on the dashboard."""
 
-    def __init__(self, recipe: str, node: str) -> None:
+    def __init__(self, dashboard: Dashboard, recipe: str, node: str) -> None:
+        self._dashboard = dashboard
         self._key = artifact_key(f"{recipe}-{node}-progress")
         self._node = node
         self._id: Any = None
@@ -396,11 +400,14 @@ class _ProgressArtifact:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         self._described = text
-        with shown_if_possible(f"the progress of {self._node}"):
+
+        def show() -> None:
             if self._id is None:
                 self._id = create_progress_artifact(percent, key=self._key, description=f"{self._node}: {text}")
             else:
                 update_progress_artifact(self._id, percent, description=f"{self._node}: {text}")
+
+        self._dashboard.show(f"the progress of {self._node}", show)
 
     def describe(self, text: str) -> None:
         """What the stage waits for; told once."""
@@ -421,8 +428,12 @@ class _ProgressArtifact:
         self._has_device = bool(about)
         if self._id is None:  # the server was away when it was to be made
             return
-        with shown_if_possible(f"the device of {self._node}"), get_client(sync_client=True) as client:
-            client.update_artifact(self._id, ArtifactUpdate(metadata_=about))
+
+        def show() -> None:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._id, ArtifactUpdate(metadata_=about))
+
+        self._dashboard.show(f"the device of {self._node}", show)
 
 
 def grace_seconds() -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ def configure_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     # Prefect's own lines stay off the terminal; they still reach the server.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
     if not server_configured():
         os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -53,10 +56,26 @@ def reach_server() -> None:
     from prefect.client.orchestration import get_client
 
     try:
-        with answers_as_sentences(), get_client(sync_client=True) as client:
+        with _deaf_to_interrupts(), answers_as_sentences(), get_client(sync_client=True) as client:
             client.hello()
     except RuntimeError as error:
         raise ColdpressError(f"Prefect's temporary server did not start: {error}") from error
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes begun in here never see Ctrl-C, which a terminal sends to them too; this one sees it afterwards.
+
+    Prefect's temporary server is to be there until the run has told it how it ended.
+    """
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

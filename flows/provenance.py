@@ -5,10 +5,10 @@ The dashboard is for looking: that its server is away, or restarted, is logged a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -21,16 +21,35 @@ logger = logging.getLogger("coldpress")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-@contextlib.contextmanager
-def shown_if_possible(what: str) -> Iterator[None]:
-    """Around a call that puts something on the dashboard: a warning when its server can't be reached."""
-    import httpx
-    from prefect.exceptions import ObjectNotFound
+class Dashboard:
+    """Where a run shows what it does. A server that can't be reached is left alone for a while: stages don't wait."""
 
-    try:
-        yield
-    except (httpx.HTTPError, ObjectNotFound) as error:
-        logger.warning("%s is not on the dashboard: %s", what, error or type(error).__name__)
+    _LEFT_ALONE_SECONDS = 60.0
+    _LEFT_ALONE_TIMES = 10.0  # as long as it has kept a stage waiting
+
+    def __init__(self) -> None:
+        self._ask_again = 0.0
+
+    def show(self, what: str, call: Callable[[], None]) -> None:
+        """Make a call that puts something there; a warning when it can't be."""
+        import httpx
+        from prefect.exceptions import ObjectNotFound
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        began = time.monotonic()
+        if began < self._ask_again:
+            return
+        try:
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
+                call()
+        except (httpx.HTTPError, ObjectNotFound) as error:
+            text = f"{what} is not on the dashboard: {error or type(error).__name__}"
+            if isinstance(error, httpx.TransportError):
+                now = time.monotonic()
+                pause = max(self._LEFT_ALONE_SECONDS, self._LEFT_ALONE_TIMES * (now - began))
+                self._ask_again = now + pause
+                text += f"; for {pause:.0f} s nothing will be"
+            logger.warning(text)
 
 
 def provenance_markdown(node: Node, action: Action, state: str) -> str:
@@ -81,7 +100,7 @@ def resumed_from(action: Action) -> str:
     return text
 
 
-def show_report(result: RunResult) -> None:
+def show_report(result: RunResult, dashboard: Dashboard) -> None:
     """Make the comparison table, and what to beware of in reading it, an artifact of the present flow run."""
     if not result.variants:
         return
@@ -90,12 +109,15 @@ def show_report(result: RunResult) -> None:
     from ..tasks.reporting.page import markdown
 
     ending = f"run `{result.run}`, attempt {result.attempt}, store `{result.store}`"
-    with shown_if_possible("the report"):
+
+    def show() -> None:
         create_markdown_artifact(
             markdown=f"{markdown(result.to_json())}\n{ending}",
             key=artifact_key(f"{result.recipe}-report"),
             description=f"report of {result.recipe}",
         )
+
+    dashboard.show("the report", show)
 
 
 def artifact_key(text: str) -> str:

@@ -61,6 +61,7 @@ class StageResult:
 @dataclass
 class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
+    untold: Prefect's server went away, and doesn't know how the run ended.
     out_of_budget: likewise, its device time was used up; device_seconds: of all attempts, {"used": …, "allowed": …},
     where it has a budget.
 
@@ -82,6 +83,7 @@ class RunResult:
     stopped_by: int | None = None
     attempt: int = 1
     out_of_time: bool = False
+    untold: bool = False
     out_of_budget: bool = False
     device_seconds: dict[str, float] | None = None
 

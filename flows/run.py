@@ -22,7 +22,7 @@ from ..tasks.reporting.significance import Items, compare_all
 from .budget import Budget, account_of
 from .execution import Execution
 from .plan import Planned, check_disk, prepare
-from .prefect_server import configure_prefect, reach_server, server_configured
+from .prefect_server import ServerAway, configure_prefect, reach_server, server_configured
 from .provenance import show_report
 from .recipe import Node, Recipe
 from .result import RunResult, read_items, save_record
@@ -233,8 +233,13 @@ def _run_on_prefect(
             Execution(recipe, store, terminal, result, shared, device, seconds, metered).run()
             return
         configure_prefect()
+        import httpx
         import prefect
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+        from prefect.settings import (
+            PREFECT_CLIENT_MAX_RETRIES,
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+            temporary_settings,
+        )
         from prefect.task_runners import ThreadPoolTaskRunner
 
         reach_server()
@@ -248,9 +253,16 @@ def _run_on_prefect(
             validate_parameters=False,
         )(_with_report(execution, recipe, store, result))
         # A run that only looks things up needs no heartbeat, whose thread takes a second to join.
-        settings = {} if computes else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        settings: dict[Any, Any] = {} if computes else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        settings[PREFECT_CLIENT_MAX_RETRIES] = 3  # 14 seconds at a server that is away, when all is done
         with temporary_settings(settings), prefect.tags(*run_tags(recipe.name, device)):
-            flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
+            try:
+                flow(recipe=recipe.path, store=store.url, overrides=list(recipe.overrides), return_state=True)
+            except httpx.HTTPError as error:
+                if any(stage.state == "pending" for stage in result.stages.values()):
+                    raise ServerAway(f"the Prefect server did not answer: {error or type(error).__name__}") from error
+                terminal.say(f"the Prefect server could not be told how the run ended: {error or type(error).__name__}")
+                result.untold = True
     finally:
         shared.kill()
         if metered is not None and not result.unfinished:
@@ -264,7 +276,7 @@ def _with_report(execution: Execution, recipe: Recipe, store: Store, result: Run
     def body(*parameters: Any, **named: Any) -> Any:
         state = execution.flow(*parameters, **named)
         collect_metrics(recipe, store, result)
-        show_report(result)
+        show_report(result, execution.dashboard)
         return state
 
     return body

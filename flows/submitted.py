@@ -39,7 +39,7 @@ from ..storage.store import Store
 from .deployment import FLOW, GOES_ON, MAX_ATTEMPTS
 from .execution import grace_seconds
 from .prefect_server import ServerAway
-from .provenance import show_report
+from .provenance import Dashboard, show_report
 from .recipe import parse_recipe
 from .result import end_state
 from .run import Attempt, run_recipe
@@ -134,7 +134,7 @@ def _attempt(
         budget=budget,
         within=attempt,
     )
-    show_report(result)
+    show_report(result, Dashboard())
     if result.out_of_time and result.unfinished:
         _end_quietly(_out_of_time(deadline))
     if result.stopped_by is not None and _present_flow_run().state.is_cancelling():  # type: ignore[union-attr]

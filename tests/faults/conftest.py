@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,13 @@ def recipe(tiny_model_folder: Callable[..., str], text_file: str, tmp_path: Path
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API address of a Prefect server that all runs of the tests can share."""
-    home = str(tmp_path_factory.mktemp("server"))
+    with a_server(str(tmp_path_factory.mktemp("server"))) as (address, _):
+        yield address
+
+
+@contextmanager
+def a_server(home: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Prefect server on a free port, ready: its API's address, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,6 +53,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.3)
-    yield address
+    yield address, process
     process.terminate()
     process.wait(30)

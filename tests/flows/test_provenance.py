@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from coldpress.flows.provenance import loss_curve, provenance_markdown
+from coldpress.flows.provenance import Dashboard, loss_curve, provenance_markdown
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
@@ -45,3 +46,35 @@ def test_a_trained_stage_shows_its_losses(
     assert f"| loss | {loss_curve(losses)} |" in provenance_markdown(node, action, "computed")
     (source,) = (action for action in store.actions() if action.stage == "source/model")
     assert "| loss |" not in provenance_markdown(node, source, "computed")
+
+
+def test_a_server_that_is_away_is_asked_once_and_then_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("coldpress.flows.provenance.time.monotonic", lambda: now[0])
+    asked = []
+
+    def away() -> None:
+        asked.append(now[0])
+        now[0] += 8
+        raise httpx.ConnectError("Connection refused")
+
+    dashboard = Dashboard()
+    for _ in range(100):
+        dashboard.show("the progress of pruned", away)
+        now[0] += 1
+    assert asked == [0.0, 88.0]  # for ten times the 8 seconds that it took
+    assert "the progress of pruned is not on the dashboard: Connection refused; for 80 s nothing" in caplog.text
+
+
+def test_a_server_that_refuses_one_thing_is_asked_for_the_next() -> None:
+    shown = []
+
+    def busy() -> None:
+        raise httpx.HTTPStatusError("busy", request=httpx.Request("POST", "http://x"), response=httpx.Response(503))
+
+    dashboard = Dashboard()
+    dashboard.show("the progress of pruned", busy)
+    dashboard.show("the progress of pruned", lambda: shown.append(1))
+    assert shown == [1]
