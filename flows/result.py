@@ -61,9 +61,8 @@ class StageResult:
 @dataclass
 class RunResult:
     """All that a run did. stopped_by: the signal that asked it to stop; out_of_time: its own, at its deadline.
-    untold: Prefect's server went away, and doesn't know how the run ended.
     out_of_budget: likewise, its device time was used up; device_seconds: of all attempts, {"used": …, "allowed": …},
-    where it has a budget.
+    where it has a budget. untold: Prefect's server went away, and doesn't know how the run ended.
 
     metrics: variant -> metric -> value; those of evaluations with names of their own are under "variant/name".
     runtimes: as metrics, evaluation -> what it ran in. differences, indistinguishable: see `significance.compare_all`.

@@ -302,10 +302,10 @@ def new_buffer(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-__all__ = ["Files", "LocalFiles", "new_buffer", "open_files", "total_bytes"]
-
-
 def _unless_gone(error: OSError) -> None:
     """A folder that can't be listed is no empty one: what it names would be garbage."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise StoreError(f"{error.filename} can't be listed: {error.strerror}") from error
+
+
+__all__ = ["Files", "LocalFiles", "new_buffer", "open_files", "total_bytes"]
