@@ -34,10 +34,12 @@ Progress = Callable[[str, int, int], None]
 
 
 # For the GNU C library, which others ignore: what a block needed goes back to the system when the block is done
-# instead of lying in pieces in the heap, while the activations of calibration (smaller than this) are not mapped anew
-# for each operation. For GNU's OpenMP, which torch computes with on a CPU: a thread that waits for work sleeps after a
-# tenth of a millisecond or so instead of several, and leaves its core to threads that hash, write or select.
+# instead of lying in pieces in heaps, of which each thread would have its own, while the activations of calibration
+# (smaller than this) are not mapped anew for each operation. For GNU's OpenMP, which torch computes with on a CPU: a
+# thread that waits for work sleeps after a tenth of a millisecond or so instead of several, and leaves its core to
+# threads that hash, write or select. What is measured elsewhere is rid of them: `efficiency_stage.py`.
 _ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "GOMP_SPINCOUNT": "10000",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Processors that others may keep busy during a measurement before it warns.
 OTHERS_BUSY = 0.2
 # What `flows` sets for computing processes, and whoever runs a model does not.
-_NOT_OURS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GOMP_SPINCOUNT")
+_NOT_OURS = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GOMP_SPINCOUNT")
 
 
 class LatencyParameters(Parameters):

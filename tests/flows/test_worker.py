@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from coldpress.flows import worker as worker_module
 from coldpress.flows.worker import Worker, WorkerDied
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.errors import ColdpressError
 from coldpress.storage.store import Store
 from coldpress.tasks.catalogue import stage_named
+from coldpress.tasks.evaluation import efficiency_stage
 
 
 @pytest.fixture
@@ -101,3 +103,7 @@ def test_whatever_libraries_print_a_worker_goes_on(
         assert store.holds(worker.compute(store, stage, parameters, {}, {}, lambda *report: None).artifact)
     finally:
         worker.kill()
+
+
+def test_settings_of_the_computing_process_are_not_those_of_what_it_measures() -> None:
+    assert set(worker_module._ENVIRONMENT) == set(efficiency_stage._NOT_OURS)
