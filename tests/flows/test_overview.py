@@ -14,6 +14,7 @@ from coldpress.flows.deployment import prepare_server
 from coldpress.flows.device_limits import DeviceLimits, device_note
 from coldpress.flows.execution import _ProgressArtifact
 from coldpress.flows.overview import Overview, StoreStatus, keep_showing, look, markdown, show
+from coldpress.flows.provenance import Dashboard
 from coldpress.flows.run import run_tags
 from coldpress.flows.status import RunStatus, StageStatus, devices, statuses
 from coldpress.flows.submit import submit
@@ -104,7 +105,7 @@ def test_a_device_says_which_stage_has_it_until_the_stage_waits_again(client: An
 
     @prefect.task(task_run_name="gptq", persist_result=False)
     def work(flow_run: str) -> None:
-        shown = _ProgressArtifact("tiny", "gptq")
+        shown = _ProgressArtifact(Dashboard(), "tiny", "gptq")
         shown.take("9", "beginning, on device 9")
         for _ in range(100):  # task runs reach the server as events
             seen.append(look_at(flow_run))
