@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -131,31 +132,41 @@ class Execution:
             yield
             return
 
-        first = 0.0
-
-        def stop(number: int, frame: Any) -> None:
-            nonlocal first
-            if self._slots.stopping and time.monotonic() - first < 1.0:
-                return  # one request that came twice: to the process, and to its group
-            if self._slots.stopping:
-                raise KeyboardInterrupt
-            first = time.monotonic()
-            self.result.stopped_by = number
-            self.terminal.say(f"asked to stop: finishing what is at hand, for at most {grace:g} s (again: at once)")
-            timer.start()
-            self._slots.stop()
-
+        # A handler runs in the midst of whatever the main thread does, another handler included: it takes no lock, and
+        # leaves the work to a thread.
+        asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        ended = threading.Event()
         grace = grace_seconds()
-        timer = threading.Timer(grace, self._slots.kill)
-        timer.daemon = True
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        first: float | None = None
+
+        def heed(number: int, frame: Any) -> None:
+            nonlocal first
+            now = time.monotonic()
+            if first is None:
+                first = now
+                self.result.stopped_by = number
+                asked.put(True)
+            elif now - first >= 1.0:  # sooner it is one request that came twice: to the process, and to its group
+                raise KeyboardInterrupt
+
+        def stop() -> None:
+            if not asked.get():
+                return
+            self._slots.stop()
+            self.terminal.say(f"asked to stop: finishing what is at hand, for at most {grace:g} s (again: at once)")
+            if not ended.wait(grace):
+                self._slots.kill()
+
+        threading.Thread(target=stop, daemon=True).start()
+        before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            timer.cancel()
+            ended.set()
+            asked.put(False)
             for number, handler in before.items():
                 # What stops has little left to do, and Prefect would take one more SIGTERM for a crash.
-                late = self._slots.stopping and number == signal.SIGTERM
+                late = first is not None and number == signal.SIGTERM
                 signal.signal(number, signal.SIG_IGN if late else handler)
 
     @contextlib.contextmanager

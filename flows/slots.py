@@ -138,7 +138,7 @@ class Slots:
         self._stopped.wait(seconds)
 
     def stop(self) -> None:
-        """Ask all stages that are being computed to end soon. May be called in a signal handler."""
+        """Ask all stages that are being computed to end soon."""
         self.stopping = True
         self._stopped.set()
         for slot in (*self._devices, *self._others):

@@ -215,8 +215,8 @@ def _end_with_parent() -> None:
 def _serve(device: str, share: int) -> None:
     # Before anything slow: the parent may die while torch is imported.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    asked: list[int] = []  # an Event has a lock, which a handler in the midst of a handler would wait for for ever
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     # Answers get a descriptor of their own; whatever else is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -240,7 +240,7 @@ def _serve(device: str, share: int) -> None:
             _answer(answers, progress=[what, done, total])
 
         try:
-            run = Run(store, _resolve_device(device), progress, stop_asked=stop.is_set)
+            run = Run(store, _resolve_device(device), progress, stop_asked=lambda: bool(asked))
             parameters = stage.parameters.model_validate(request["parameters"])
             inputs = {role: Artifact(*artifact) for role, artifact in request["inputs"].items()}
             lease = Lease(*request["lease"]) if request["lease"] else None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +95,31 @@ def committed(store: str, node: str) -> int:
 def holders(store: str) -> set[int]:
     """Process numbers of the runs that hold a lease."""
     return {json.loads(path.read_text())["pid"] for path in Path(store).glob("leases/*/*")}
+
+
+@contextmanager
+def a_server(home: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Prefect server on a free port, ready: its API's address, and its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
+        env=environment(home, **quiet),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}/api"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
+            break
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.3)
+    yield address, process
+    process.terminate()
+    process.wait(30)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
-from conftest import a_server
-from runs import environment
+from runs import a_server, environment
 
 
 @pytest.mark.long
