@@ -30,18 +30,37 @@ def use_causal_attention(model: Any) -> None:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """What `transformers` calls for attention. Returns [windows, length, heads, head_dim], the same bits as its own."""
     length = query.shape[2]
-    if attention_mask is not None or key.shape[2] != length or not _QUERIES_AT_ONCE < length < _LONG:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+    if (
+        attention_mask is not None
+        or key.shape[2] != length
+        or not _QUERIES_AT_ONCE < length < _LONG
+        or keywords.get("dropout")
+        or keywords.get("position_bias") is not None
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **keywords)
     pieces = []
     for start in range(0, length, _QUERIES_AT_ONCE):
         end = min(start + _QUERIES_AT_ONCE, length)
-        queries, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        mask = _mask(start, end, query.dtype) if start else None
-        pieces.append(sdpa_attention_forward(module, queries, keys, values, mask, **keywords)[0])
+        piece = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, :end],
+            value[:, :, :end],
+            attn_mask=_mask(start, end, query.dtype) if start else None,
+            is_causal=not start,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],  # with a mask `transformers` would copy keys and values instead
+        )
+        pieces.append(piece.transpose(1, 2))
     return torch.cat(pieces, dim=1), None
 
 

@@ -10,7 +10,6 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 
 from .architectures import Family, family_of
 from .causal_attention import use_causal_attention
+from .side_by_side import side_by_side
 
 # Windows go through a block together up to this many tokens: small matrices keep no processor busy.
 TOKENS_AT_ONCE = 1024
-# On the CPU so many such parts side by side, each with its share of torch's threads. A thread that other programs keep
-# waiting then holds up its own part, where it would hold up all threads at the end of each operation.
+# On the CPU in so many parts side by side, each with its share of torch's threads and of the caches. A thread that
+# other programs keep waiting then holds up its own part, where it would hold up all threads at each operation's end.
 PARTS_AT_ONCE = 2
 
 
@@ -108,7 +108,7 @@ class Skeleton:
             def replace(number: int, part: Tensor) -> None:
                 part.copy_(block(part.to(self.device)))
 
-            _side_by_side(parts(hidden), replace, self.device)
+            _for_each_part(hidden, replace, self.device)
 
     def gather(
         self,
@@ -147,7 +147,7 @@ class Skeleton:
                         before_each()
                         block(part.to(self.device))
 
-                _side_by_side(parts(hidden), see, self.device)
+                _for_each_part(hidden, see, self.device)
         finally:
             for handle in handles:
                 handle.remove()
@@ -234,25 +234,27 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
     return device if math.prod(shape) * dtype.itemsize <= free / 2 else "cpu"
 
 
-def parts(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Views of windows [windows, length, hidden] that go through a block together."""
-    return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
+def parts(hidden: Tensor, at_once: int = 1) -> tuple[Tensor, ...]:
+    """Views of windows [windows, length, hidden] that go through a block one after another, or `at_once` at a time."""
+    return hidden.split(max(1, TOKENS_AT_ONCE // at_once // hidden.shape[1]))
 
 
-def _side_by_side(parts: Sequence[Tensor], work: Callable[[int, Tensor], None], device: str) -> None:
-    """`work(number, part)` for all parts: on the CPU PARTS_AT_ONCE at a time, begun in their order."""
+def _for_each_part(hidden: Tensor, work: Callable[[int, Tensor], None], device: str) -> None:
+    """`work(number, part)` for all parts of the windows: on the CPU PARTS_AT_ONCE at a time, begun in their order."""
+    # The same parts with any number of threads, so that results don't depend on it.
+    split = parts(hidden, PARTS_AT_ONCE if device == "cpu" else 1)
     threads = torch.get_num_threads()
-    if device != "cpu" or threads % PARTS_AT_ONCE or len(parts) < PARTS_AT_ONCE:
-        for number, part in enumerate(parts):
+    if device != "cpu" or threads % PARTS_AT_ONCE or len(split) < PARTS_AT_ONCE:
+        for number, part in enumerate(split):
             work(number, part)
         return
-    each = threads // PARTS_AT_ONCE
+    share = threads // PARTS_AT_ONCE
     try:
-        with ThreadPoolExecutor(PARTS_AT_ONCE, initializer=torch.set_num_threads, initargs=(each,)) as pool:
-            for done in [pool.submit(work, number, part) for number, part in enumerate(parts)]:
-                done.result()
+        side_by_side(
+            lambda numbered: work(*numbered), enumerate(split), PARTS_AT_ONCE, lambda: torch.set_num_threads(share)
+        )
     finally:
-        torch.set_num_threads(threads)  # for threads to come: those that there are have a number of their own
+        torch.set_num_threads(threads)
 
 
 class _Turns:

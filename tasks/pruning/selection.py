@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
+
+from ..side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-_ELEMENTS_AT_ONCE = 1 << 18  # what fits into a processor's cache
+_ELEMENTS_AT_ONCE = 1 << 18  # for a thread: what fits into a processor's cache
 
 
 class Pattern(NamedTuple):
@@ -87,7 +89,9 @@ def _keep_above_on_cpu(score: Tensor, count: int) -> Tensor:
 
     scores = score.numpy()
     keep = numpy.empty(scores.shape, dtype=bool)
-    rows = max(1, _ELEMENTS_AT_ONCE // scores.shape[1])
+    threads = torch.get_num_threads()
+    rounds = math.ceil(scores.size / (threads * _ELEMENTS_AT_ONCE))
+    rows = math.ceil(len(scores) / (threads * rounds))
 
     def select(first: int) -> None:
         part, kept = scores[first : first + rows], keep[first : first + rows]
@@ -98,6 +102,5 @@ def _keep_above_on_cpu(score: Tensor, count: int) -> Tensor:
             ties = part == threshold
             kept |= ties & (ties.sum(1, keepdims=True) - ties.cumsum(1) < missing)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(select, range(0, len(scores), rows)))
+    side_by_side(select, range(0, len(scores), rows), threads)
     return torch.from_numpy(keep)
