@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .architectures import Family, family_of
 from .causal_attention import use_causal_attention
+from .half_precision import use_fast_linears
 from .side_by_side import side_by_side
 
 # Windows go through a block together up to this many tokens: small matrices keep no processor busy.
@@ -54,6 +55,7 @@ class Skeleton:
         self.model = build_model(config, dtype)
         if device == "cpu":
             use_causal_attention(self.model)
+            use_fast_linears(self.model)
         self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):

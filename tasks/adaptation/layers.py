@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
+
+from ..half_precision import linear
 
 # () -> a weight [out_features, in_features] on the device.
 Weight = Callable[[], Tensor]
@@ -50,8 +52,7 @@ class Lora(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         low = linear(dropout(inputs, self.dropout), self.a.to(inputs.dtype)) * self.scale
         whole: Tensor = self.frozen(inputs)
-        added = torch.addmm(whole.flatten(0, -2), low.flatten(0, -2), self.b.to(inputs.dtype).T)
-        return added.view(whole.shape)
+        return linear(low, self.b.to(inputs.dtype), whole)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of what is added to the weight, the scale in B."""
@@ -147,7 +148,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return upstream @ ctx.weight_of().to(upstream.dtype), None, None
+        return linear(upstream, ctx.weight_of().to(upstream.dtype).T), None, None
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -176,8 +177,8 @@ class _MaskedLinear(torch.autograd.Function):
         onward = None
         if ctx.needs_input_grad[0]:
             weight = _with_term(None if weight_of is None else weight_of(), a, b, mask, ctx.scale)
-            onward = upstream @ weight.to(upstream.dtype)
-        flat = upstream.reshape(-1, upstream.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])
+            onward = linear(upstream, weight.to(upstream.dtype).T)
+        flat = linear(upstream.reshape(-1, upstream.shape[-1]).T, inputs.reshape(-1, inputs.shape[-1]).T)
         gradient = flat.float().mul_(_as_numbers(mask)).mul_(ctx.scale)
         return onward, b.T @ gradient, gradient @ a.T, None, None, None, None
 

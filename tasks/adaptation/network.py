@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..blocks import StoredModel
 from ..formats import unpack
+from ..half_precision import linear
 from ..skeleton import build_model
 from ..stage import Run
 from .layers import Frozen
@@ -107,7 +108,8 @@ class Network:
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits in float32, [..., vocabulary]."""
-        logits = self.model.get_output_embeddings()(features).float()
+        head = self.model.get_output_embeddings()
+        logits = linear(features, head.weight, head.bias).float()
         cap = self.config.get("final_logit_softcapping")
         return torch.tanh(logits / cap) * cap if cap else logits
 
