@@ -33,12 +33,11 @@ logger = logging.getLogger("coldpress")
 Progress = Callable[[str, int, int], None]
 
 
-# For the GNU C library, which others ignore: one heap instead of one for each thread, in which what a block has freed
-# lies in pieces, so that blocks use the same memory one after another; the activations of calibration (smaller than
-# the threshold) are not mapped anew for each operation, and the heap is not given back between blocks, as each page
-# would be asked for again. For GNU's OpenMP, which torch computes with on a CPU: a thread that waits for work sleeps
-# after a tenth of a millisecond or so instead of several, and leaves its core to threads that hash, write or select.
-# What is measured elsewhere is rid of them: `efficiency_stage.py`.
+# For the GNU C library, which others ignore: what a block needed goes back to the system when the block is done
+# instead of lying in pieces in heaps, of which each thread would have its own, while the activations of calibration
+# (smaller than this) are not mapped anew for each operation. For GNU's OpenMP, which torch computes with on a CPU: a
+# thread that waits for work sleeps after a tenth of a millisecond or so instead of several, and leaves its core to
+# threads that hash, write or select. What is measured elsewhere is rid of them: `efficiency_stage.py`.
 _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
