@@ -236,15 +236,14 @@ def activation_device(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
     return device if math.prod(shape) * dtype.itemsize <= free / 2 else "cpu"
 
 
-def parts(hidden: Tensor, at_once: int = 1) -> tuple[Tensor, ...]:
-    """Views of windows [windows, length, hidden] that go through a block one after another, or `at_once` at a time."""
-    return hidden.split(max(1, TOKENS_AT_ONCE // at_once // hidden.shape[1]))
+def parts(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Views of windows [windows, length, hidden] that go through a block together."""
+    return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 
 
 def _for_each_part(hidden: Tensor, work: Callable[[int, Tensor], None], device: str) -> None:
     """`work(number, part)` for all parts of the windows: on the CPU PARTS_AT_ONCE at a time, begun in their order."""
-    # The same parts with any number of threads, so that results don't depend on it.
-    split = parts(hidden, PARTS_AT_ONCE if device == "cpu" else 1)
+    split = parts(hidden)
     threads = torch.get_num_threads()
     if device != "cpu" or threads % PARTS_AT_ONCE or len(split) < PARTS_AT_ONCE:
         for number, part in enumerate(split):
