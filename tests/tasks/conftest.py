@@ -69,6 +69,12 @@ def block_loop_logits(store: Store) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
+def torchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block loop multiplies in half precision as models that others load do, on every CPU."""
+    monkeypatch.setattr("coldpress.tasks.half_precision.lacks_instructions", lambda dtype: False)
+
+
+@pytest.fixture
 def fresh_process() -> Callable[..., None]:
     """`fresh_process(script, *arguments)`: runs Python code in a process of its own, which must succeed."""
 

@@ -13,6 +13,7 @@ from elsewhere import AWQ, GPTQMODEL, PEFT, TRANSFORMERS, Loaded
 from torch import Tensor
 
 
+@pytest.mark.usefixtures("torchs_own_products")
 def test_dense_exports_load_in_transformers_with_equal_logits(
     tiny_model_folder: Callable[..., str],
     import_model: Callable[..., Artifact],

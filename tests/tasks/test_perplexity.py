@@ -69,6 +69,7 @@ def test_metrics_say_how_they_were_measured_and_what_each_window_lost(
     assert found["perplexity"] == pytest.approx(math.exp(found["loss_nats"]))
 
 
+@pytest.mark.usefixtures("torchs_own_products")
 def test_perplexity_in_another_dtype_is_that_of_the_whole_model_in_it(
     import_model: Callable[..., Artifact],
     whole_model: Callable[..., Any],
