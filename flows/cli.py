@@ -6,6 +6,7 @@ can't be carried out; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ def _recipe(name: str, overrides: tuple[str, ...], only: tuple[str, ...]) -> Any
 @click.option("-v", "--verbose", is_flag=True, help="Log what libraries and the computing process say.")
 def main(verbose: bool) -> None:
     """Compress large language models: a recipe's stages run on Prefect, every result is cached by content."""
+    gc.set_threshold(50_000, 20, 20)  # Prefect makes so many objects that stay that to look through them delays a start
     # A handler of our own rather than the root logger's, which would repeat what Prefect says.
     logger = logging.getLogger("coldpress")
     handler = logging.StreamHandler()

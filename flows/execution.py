@@ -116,7 +116,7 @@ class Execution:
             self._moved.clear()
             under_way = len(futures.keys() - ended - self._elsewhere)
             ready = [node for node in left if ended.issuperset(node.inputs.values())]
-            for node in ready[: max(0, max(self._slots.threads, 1) - under_way)]:
+            for node in ready[: max(0, self._slots.threads - under_way)]:
                 # A failed input comes as no reference, so that the stage can say that it was skipped, and why.
                 inputs = {role: allow_failure(futures[name]) for role, name in node.inputs.items()}
                 futures[node.name] = self._task(node).submit(node.name, **inputs)

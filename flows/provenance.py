@@ -5,16 +5,22 @@ The dashboard is for looking: that its server is away, or restarted, is logged a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from ..storage.store import Action
 from .recipe import Node
 from .result import RunResult
+
+if TYPE_CHECKING:
+    from prefect.settings import Settings
 
 logger = logging.getLogger("coldpress")
 
@@ -34,13 +40,12 @@ class Dashboard:
         """Make a call that puts something there; a warning when it can't be."""
         import httpx
         from prefect.exceptions import ObjectNotFound
-        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         began = time.monotonic()
         if began < self._ask_again:
             return
         try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
+            with self._impatient():
                 call()
         except (httpx.HTTPError, ObjectNotFound) as error:
             text = f"{what} is not on the dashboard: {error or type(error).__name__}"
@@ -50,6 +55,20 @@ class Dashboard:
                 self._ask_again = now + pause
                 text += f"; for {pause:.0f} s nothing will be"
             logger.warning(text)
+
+    def _impatient(self) -> contextlib.AbstractContextManager[object]:
+        """Within it a request is made again once at most."""
+        from prefect.context import SettingsContext, get_settings_context
+
+        return SettingsContext(profile=get_settings_context().profile, settings=self._settings)
+
+    @functools.cached_property
+    def _settings(self) -> Settings:
+        # Made once a run: Prefect takes a tenth of a second to make settings, which stages would wait for at each block.
+        from prefect.context import get_settings_context
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
+
+        return get_settings_context().settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 1})
 
 
 def provenance_markdown(node: Node, action: Action, state: str) -> str:

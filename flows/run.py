@@ -216,18 +216,18 @@ def _run_on_prefect(
         return Worker(device, visible=visible, share=slots)
 
     limits = None
-    if computes and devices and server_configured():
+    if devices and server_configured():
         configure_prefect()
         reach_server()
         from .device_limits import DeviceLimits
 
         limits = DeviceLimits(devices)
     metered = None
-    if budget is not None and computes:
+    if budget is not None:
         attempt = within or Attempt(result.run, result.attempt)
         account = attempt.run if attempt.scheduled else account_of(recipe)
         metered = Budget(store, account, f"{attempt.run}-{attempt.number}", budget)
-    shared = Slots(start, slots if computes else 0, devices if computes else (), limits)
+    shared = Slots(start, slots, devices, limits, expected=computes)
     try:
         if within is not None:
             Execution(recipe, store, terminal, result, shared, device, seconds, metered).run()

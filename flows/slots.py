@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .device_limits import DeviceLease, DeviceLimits
 
 SECONDS_BETWEEN_TRIES = 2.0  # to get a device that another run has
+LOOKUPS_AT_ONCE = 4  # when nothing is to be computed: the server takes a moment to note each
 
 
 class DeviceLost(LeaseLost):
@@ -79,6 +80,8 @@ class Slots:
     """The slots of one run, for its threads. `start(device)` starts a computing process.
 
     devices: one slot each, of which `count` may be in use at a time; without any, `count` slots that are alike.
+    expected: whether something is to be computed. If not, no process is started before a stage wants one after all, its
+    result having gone since the plan was made, and more threads look things up.
     """
 
     def __init__(
@@ -87,16 +90,18 @@ class Slots:
         count: int = 1,
         devices: Sequence[str] = (),
         limits: DeviceLimits | None = None,
+        expected: bool = True,
     ) -> None:
         self._start = start
         self._limits = limits
         self._condition = threading.Condition()
         self._devices = [Slot(device) for device in devices]
         # Without named devices the slow imports of the processes run while Prefect starts.
-        self._others = [Slot()] if devices else [Slot(worker=start(None)) for _ in range(count)]
+        ahead = expected and not devices
+        self._others = [Slot(worker=start(None) if ahead else None) for _ in range(1 if devices else count)]
         self._free = [*self._devices, *self._others]
         self._usable = count
-        self.threads = count + 1 if devices else count
+        self.threads = max(count + 1 if devices else count, 0 if expected else LOOKUPS_AT_ONCE)
         self.stopping = False
         self._stopped = threading.Event()
 

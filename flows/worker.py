@@ -9,6 +9,7 @@ even by `kill -9`, the process ends at once, in the middle of a stage too: its j
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import logging
 import os
@@ -220,6 +221,7 @@ def _serve(device: str, share: int) -> None:
     # Answers get a descriptor of their own; whatever else is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    gc.disable()  # while libraries make a million objects that stay: to look through them takes a tenth of a start
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,6 +231,9 @@ def _serve(device: str, share: int) -> None:
     import accelerate  # noqa: F401
     import transformers.modeling_layers
     import transformers.models.auto.modeling_auto  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
     stores: dict[str, Store] = {}
     for line in sys.stdin:

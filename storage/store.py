@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -32,9 +33,6 @@ from .cache import BlobCache
 from .digests import Buffer, digest_of, seal, sha256, total_bytes, unseal
 from .errors import DamagedBlob, StoreError
 from .files import Files, open_files
-
-_ASKERS = 8
-_REMOTE_ASKERS = 32  # each question is a round trip
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,8 @@ class Store:
         self.files: Files = open_files(url)
         self.url = self.files.url
         self.cache = BlobCache.from_environment() if self.files.remote else None
-        self._askers = _REMOTE_ASKERS if self.files.remote else _ASKERS
+        # Threads that ask for blobs, and how many one asks for before another pays: a round trip each, or a look at a disk.
+        self._askers, self._asked_by_one = (32, 1) if self.files.remote else (8, 64)
         self._verified: set[str] = set()
         self._lock = threading.Lock()
 
@@ -121,9 +120,12 @@ class Store:
     def missing_blobs(self, blobs: Mapping[str, int]) -> list[str]:
         """Those of the blobs {digest: bytes} that aren't there in full length, asked anew each time, side by side."""
         wanted = list(blobs.items())
-        shares = [share for share in (wanted[start :: self._askers] for start in range(self._askers)) if share]
-        with ThreadPoolExecutor(self._askers) as pool:
-            return [blob for missing in pool.map(self._missing, shares) for blob in missing]
+        askers = min(self._askers, math.ceil(len(wanted) / self._asked_by_one))
+        if askers <= 1:
+            return self._missing(wanted)
+        with ThreadPoolExecutor(askers) as pool:
+            shares = pool.map(self._missing, [wanted[start::askers] for start in range(askers)])
+            return [blob for missing in shares for blob in missing]
 
     def _missing(self, blobs: list[tuple[str, int]]) -> list[str]:
         return [blob for blob, size in blobs if self.files.size(blob_path(blob)) != size]

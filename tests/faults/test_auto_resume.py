@@ -12,7 +12,7 @@ import pytest
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
 from runs import committed
-from up_process import Up, end, eventually, gone, ids, undisturbed_ids
+from up_process import Up, end, ended, eventually, gone, ids, undisturbed_ids
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def stop_in_good_order(up: Up) -> None:
     processes = up.processes()
     assert len(processes) >= 5  # the supervisor, server, worker, flow, and what computes
     up.process.send_signal(signal.SIGTERM)
-    assert gone(processes, 30), [process for process in processes if process.is_running()]
+    assert gone(processes, 30), [process for process in processes if not ended(process)]
     assert up.process.returncode == 0
 
 
@@ -149,7 +149,7 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(up: Up, recipe: Pa
     mid_stage(up, tmp_path / "headless")
     processes = up.processes()
     up.process.kill()
-    assert gone(processes, 60), [process for process in processes if process.is_running()]
+    assert gone(processes, 60), [process for process in processes if not ended(process)]
     up.start()
 
 

@@ -122,15 +122,27 @@ def eventually(condition: Callable[[], bool], seconds: float, pause: float = 0.0
 
 
 def gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return not alive
+    """Whether all have ended in time. A zombie has: in a container nothing may reap it once its parent is dead."""
+    deadline = time.monotonic() + seconds
+    while not all(ended(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the one and the other
+        return True
 
 
 def end(up: Up) -> None:
     started = up.processes()
     up.process.send_signal(signal.SIGTERM)
     try:
-        assert gone(started, 120), [process for process in started if process.is_running()]
+        assert gone(started, 120), [process for process in started if not ended(process)]
     finally:
         for process in started:
             if process.is_running():

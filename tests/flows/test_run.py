@@ -21,7 +21,7 @@ from coldpress.flows.result import RunResult
 from coldpress.flows.run import run_recipe
 from coldpress.flows.terminal import Terminal
 from coldpress.storage.inspect import verify
-from coldpress.storage.store import Store
+from coldpress.storage.store import Store, artifact_path
 from coldpress.tasks import hardware
 from coldpress.tasks.evaluation import efficiency_stage
 from coldpress.tasks.reporting.report import markdown_table
@@ -340,6 +340,22 @@ def test_a_run_that_meets_damage_computes_again_what_is_damaged_and_goes_on(run:
     assert {n: e.artifact for n, e in result.stages.items()} == {n: e.artifact for n, e in undisturbed.stages.items()}
     assert result.stages["base"].state == "computed"
     assert verify(Store(memory.url)) == []
+
+
+def test_a_result_that_goes_between_plan_and_run_is_computed_again(
+    run: Run, memory: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(memory)
+    gone = first.stages["gptq"].artifact
+    assert gone is not None
+
+    def lose(plan: object, store: Store) -> None:
+        store.files.delete(artifact_path(gone.id))
+
+    monkeypatch.setattr("coldpress.flows.run.check_disk", lose)
+    again = run(memory)
+    assert {name: state for name, state in states(again).items() if state != "cached"} == {"gptq": "computed"}
+    assert again.stages["gptq"].artifact == gone
 
 
 def test_after_verify_the_next_run_computes_exactly_what_was_damaged(run: Run, memory: Store) -> None:

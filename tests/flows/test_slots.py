@@ -96,6 +96,23 @@ def test_as_many_stages_are_computed_at_a_time_as_there_are_slots() -> None:
     assert at_once(Slots(Place, 3, ("0", "1", "2")), 12) == (3, {"0", "1", "2"})
 
 
+def test_when_nothing_is_to_be_computed_a_process_starts_only_for_a_stage_that_wants_one() -> None:
+    started: list[str | None] = []
+
+    def start(device: str | None) -> Place:
+        started.append(device)
+        return Place(device)
+
+    slots = Slots(start, 1, expected=False)
+    assert started == []
+    with slots.taken(COMPUTES, silent) as place:
+        assert started == [None]
+    with slots.taken(COMPUTES, silent) as again:
+        assert again is place
+    slots.kill()
+    assert place.dead
+
+
 def test_what_only_reads_takes_no_device() -> None:
     slots = Slots(Place, 1, ("0",))
     with slots.taken(COMPUTES, silent) as computing, slots.taken(READS, silent) as reading:
