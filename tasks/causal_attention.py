@@ -38,7 +38,11 @@ def _attend(
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """What `transformers` calls for attention. Returns [windows, length, heads, head_dim], the same bits as its own."""
+    """What `transformers` calls for attention. Returns [windows, length, heads, head_dim].
+
+    The same bits as its own where the last piece is a whole one or nearly so; else some are off in their last place, as
+    the kernel takes few queries in smaller groups.
+    """
     length = query.shape[2]
     if (
         attention_mask is not None

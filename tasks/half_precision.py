@@ -61,7 +61,8 @@ class _InFloat32(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
+        by_inputs, by_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if by_weight else None, weight if by_inputs else None)
         ctx.added = None if added is None else added.shape
         return _product(inputs, weight, added)
 
@@ -77,14 +78,30 @@ class _InFloat32(torch.autograd.Function):
 
 
 def _product(inputs: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    rows, columns = weight.shape
-    flat = inputs.reshape(-1, columns).float()
-    result = inputs.new_empty(len(flat), rows)
-    offset = None if added is None else added.reshape(-1, rows)
-    step = max(1, _ELEMENTS_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        part = flat @ weight[start : start + step].float().T
+    flat = inputs.flatten(0, -2)
+    offset = None if added is None else added.reshape(-1, len(weight))
+    result = _row_by_row(flat, weight, offset) if weight.is_contiguous() else _column_by_column(flat, weight, offset)
+    return result.view(*inputs.shape[:-1], len(weight))
+
+
+def _row_by_row(inputs: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+    wide = inputs.float()
+    result = inputs.new_empty(len(inputs), len(weight))
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        part = wide @ weight[start : start + step].float().T
         if offset is not None:
             part += offset[:, start : start + step]
         result[:, start : start + step] = part
-    return result.view(*inputs.shape[:-1], rows)
+    return result
+
+
+def _column_by_column(inputs: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+    """For transposed weights, whose columns lie together: through the head the gradient has the vocabulary's width."""
+    total = inputs.new_zeros(len(inputs), len(weight), dtype=torch.float32)
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, len(weight)))
+    for start in range(0, weight.shape[1], step):
+        total.addmm_(inputs[:, start : start + step].float(), weight[:, start : start + step].float().T)
+    if offset is not None:
+        total += offset
+    return total.to(inputs.dtype)

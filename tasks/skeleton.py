@@ -45,9 +45,13 @@ class _Stop(Exception):
 
 
 class Skeleton:
-    """A `transformers` model whose parameters stay on the meta device; weights are handed in call by call."""
+    """A `transformers` model whose parameters stay on the meta device; weights are handed in call by call.
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: str) -> None:
+    own_linears: whether half precision is multiplied as in `half_precision.py`, on a CPU without instructions for it. If
+    not it is as in models that others load, and slow.
+    """
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: str, *, own_linears: bool = True) -> None:
         self.family: Family = family_of(config)
         self.config = config
         self.dtype = dtype
@@ -55,7 +59,8 @@ class Skeleton:
         self.model = build_model(config, dtype)
         if device == "cpu":
             use_causal_attention(self.model)
-            use_fast_linears(self.model)
+            if own_linears:
+                use_fast_linears(self.model)
         self._blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -7,6 +7,7 @@ without comments and docstrings, of the module that holds the stage and of every
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -47,7 +48,8 @@ def _without_type_checking(tree: ast.AST) -> list[ast.AST]:
     return nodes
 
 
-def code_of(name: str) -> tuple[str, set[str]]:
+@functools.cache
+def code_of(name: str) -> tuple[str, frozenset[str]]:
     """A module's syntax tree as text, without docstrings, and the modules it imports."""
     path = module_path(name)
     assert path is not None, name
@@ -56,7 +58,7 @@ def code_of(name: str) -> tuple[str, set[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
-    return ast.dump(tree), modules
+    return ast.dump(tree), frozenset(modules)
 
 
 def fingerprint(module: str) -> str:

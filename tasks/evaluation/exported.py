@@ -108,7 +108,7 @@ def _logits(store: Store, artifact: Artifact, device: str) -> Tensor:
     from ..skeleton import Skeleton
 
     with StoredModel(Run(store, device), artifact) as stored, torch.no_grad():
-        skeleton = Skeleton(stored.config, stored.dtype, device)
+        skeleton = Skeleton(stored.config, stored.dtype, device, own_linears=False)
         outer = stored.outer(skeleton.dtype)
         hidden = skeleton.embed(outer, _window(int(stored.config["vocab_size"]))[None])
         for index in range(stored.blocks):

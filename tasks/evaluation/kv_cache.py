@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..half_precision import lacks_instructions
+
 # Queries whose scores are held at once: 32 heads x 256 x 4,096 keys x 4 bytes = 0.13 GB, a few times.
 QUERY_CHUNK = 256
 
@@ -106,4 +108,9 @@ def decoding_attention(
 
 def _multiply(grouped: Tensor, matrix: Tensor) -> Tensor:
     """[windows, key-value heads, sharing, queries, n] times [windows, key-value heads, n, m]."""
-    return (grouped.flatten(2, 3) @ matrix).unflatten(2, grouped.shape[2:4])
+    rows = grouped.flatten(2, 3)
+    if rows.device.type == "cpu" and lacks_instructions(rows.dtype):
+        product = (rows.float() @ matrix.float()).to(rows.dtype)
+    else:
+        product = rows @ matrix
+    return product.unflatten(2, grouped.shape[2:4])

@@ -90,8 +90,8 @@ def _keep_above_on_cpu(score: Tensor, count: int) -> Tensor:
     scores = score.numpy()
     keep = numpy.empty(scores.shape, dtype=bool)
     threads = torch.get_num_threads()
-    rounds = math.ceil(scores.size / (threads * _ELEMENTS_AT_ONCE))
-    rows = math.ceil(len(scores) / (threads * rounds))
+    rounds = max(1, math.ceil(scores.size / (threads * _ELEMENTS_AT_ONCE)))
+    rows = max(1, math.ceil(len(scores) / (threads * rounds)))
 
     def select(first: int) -> None:
         part, kept = scores[first : first + rows], keep[first : first + rows]

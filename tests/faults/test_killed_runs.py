@@ -14,34 +14,38 @@ from coldpress.storage.store import Store
 from runs import BLOCKS, artifacts, committed, finish, kill_all, start, states, wait_for
 
 
-def test_killed_runs_go_on_from_their_last_block_and_end_in_the_same_artifacts(recipe: Path, tmp_path: Path) -> None:
+def test_killed_runs_go_on_from_their_last_block_and_end_in_the_same_artifacts(
+    recipe: Path, server: str, tmp_path: Path
+) -> None:
     store = str(tmp_path / "killed")
     chance = random.Random(0)
     for node in ("pruned", "gptq"):
         blocks = chance.randrange(1, BLOCKS // 2)
-        process = start(recipe, store)
+        # Killed once with the temporary server that it has without another, once with a server that lives on.
+        process = start(recipe, store, **({"PREFECT_API_URL": server} if node == "gptq" else {}))
         wait_for(process, lambda node=node, blocks=blocks: committed(store, node) >= blocks)  # type: ignore[misc]
         assert process.poll() is None, process.communicate()
         kill_all(process)
         assert verify(Store(store)) == []
-    after = finish(start(recipe, store))
+    after = finish(start(recipe, store, PREFECT_API_URL=server))
     assert verify(Store(store)) == []
     assert states(after) == {"base": "cached", "calibration": "cached", "pruned": "cached", "gptq": "resumed"}
     for stage in ("prune/wanda", "quantize/gptq"):
         (action,) = Store(store).actions(stage)
         assert 0 < action.provenance["resumed"]["from_block"] <= BLOCKS
 
-    undisturbed = finish(start(recipe, str(tmp_path / "undisturbed")))
+    undisturbed = finish(start(recipe, str(tmp_path / "undisturbed"), PREFECT_API_URL=server))
     assert set(states(undisturbed).values()) == {"computed"}
     assert artifacts(after) == artifacts(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_is_pre_empted_and_goes_on_later(
-    recipe: Path, tmp_path: Path, number: signal.Signals
+    recipe: Path, server: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     store = str(tmp_path / "stopped")
-    process = start(recipe, store)
+    # A terminal's Ctrl-C must not end the temporary server; batch systems' SIGTERM comes to runs that have one of theirs.
+    process = start(recipe, store, **({"PREFECT_API_URL": server} if number == signal.SIGTERM else {}))
     wait_for(process, lambda: committed(store, "pruned") >= 3)
     for _ in range(50):  # launchers signal the process, and its group: the second comes while the first is heeded
         process.send_signal(number)
@@ -57,7 +61,7 @@ def test_a_run_that_is_asked_to_stop_is_pre_empted_and_goes_on_later(
     }
     assert verify(Store(store)) == []
 
-    again = finish(start(recipe, store))
+    again = finish(start(recipe, store, PREFECT_API_URL=server))
     assert states(again)["pruned"] == "resumed"
     note = next(Store(store).actions("prune/wanda")).provenance["resumed"]
     assert note["from_block"] >= 3

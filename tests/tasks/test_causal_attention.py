@@ -1,16 +1,19 @@
-"""Attention with queries in pieces: `transformers`' own, to the last bit, in all families that use torch's."""
+"""Attention with queries in pieces: `transformers`' own, in all families that use torch's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.tasks.architectures import known_model_types
+from coldpress.tasks.causal_attention import _attend
 from coldpress.tasks.skeleton import Skeleton
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 LENGTH = 450  # two pieces and a shorter one
 
@@ -51,6 +54,17 @@ def test_logits_are_those_of_the_whole_model(
     if family == "llama":
         assert set(pieces) == {(192, 192), (192, 384), (66, 450)}
     assert torch.equal(by_blocks, whole_logits(whole_model(family, **longer), some_windows(LENGTH)))
+
+
+@pytest.mark.parametrize("length", [193, 256, 385, 577, 767])  # a rest of one query, or of many
+@pytest.mark.parametrize("sharing", [1, 3])
+def test_with_few_queries_in_the_last_piece_it_is_off_in_the_last_place_at_most(length: int, sharing: int) -> None:
+    chance = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=chance) for heads in (3 * sharing, 3, 3))
+    module = SimpleNamespace(num_key_value_groups=sharing, is_causal=True)
+    found, _ = _attend(module, query, key, value, None)  # type: ignore[arg-type]
+    wanted, _ = sdpa_attention_forward(module, query, key, value, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [192, 768])

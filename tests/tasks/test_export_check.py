@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from coldpress.storage.artifacts import Artifact
 from coldpress.storage.store import Store
+from coldpress.tasks.evaluation import exported
 from coldpress.tasks.evaluation.exported import LENGTH, check_export
 from coldpress.tasks.stage import StageError
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,19 @@ def test_a_dense_export_agrees_exactly_and_a_changed_one_does_not(
     changed = check_export(store, model, folder)
     assert not changed.agrees
     assert changed.difference > 0.01 * changed.deviation
+
+
+def test_in_half_precision_it_computes_as_the_other_process_does_whatever_the_processor(
+    run_stage: Callable[..., Artifact], tiny_model_folder: Callable[..., str], whole_model: Callable[..., Any],
+    store: Store, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("coldpress.tasks.half_precision.lacks_instructions", lambda dtype: True)
+    model = run_stage("source/model", {}, source=tiny_model_folder("llama"), dtype="bfloat16")
+    found = exported._logits(store, model, "cpu")
+    window = exported._window(found.shape[1])[None]
+    with torch.no_grad():
+        theirs = whole_model("llama", torch.bfloat16)(window, use_cache=False).logits
+    assert torch.equal(found, theirs[0].float())
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

@@ -62,6 +62,25 @@ def test_the_product_is_rounded_once(
     assert without_instructions == [inputs.shape]
 
 
+@pytest.mark.parametrize("elements", [1, 500, 1 << 20])  # a column of the weight at a time, twenty, all
+def test_so_it_is_with_a_transposed_weight(
+    elements: int, without_instructions: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half_precision, "_ELEMENTS_AT_ONCE", elements)
+    upstream, head, term = some(10, 200), some(200, 24, seed=1), some(24, seed=2)
+    for added in (None, term):
+        exact = upstream.double() @ head.double() + (0 if added is None else added.double())
+        assert is_rounded_once(linear(upstream, head.T, added), exact)
+    assert len(without_instructions) == 2
+
+
+def test_layers_without_inputs_or_outputs_give_what_torchs_give(without_instructions: list[torch.Size]) -> None:
+    for outs, ins in ((24, 0), (0, 64)):
+        inputs, weight = some(2, 10, ins), some(outs, ins)
+        assert torch.equal(linear(inputs, weight), nn.functional.linear(inputs, weight))
+    assert len(without_instructions) == 2
+
+
 @pytest.mark.parametrize("added", [(24,), (3, 10, 24)])
 def test_gradients_are_those_of_float64(added: tuple[int, ...], without_instructions: list[torch.Size]) -> None:
     given = [some(3, 10, 64), some(24, 64, seed=1), some(*added, seed=2)]
