@@ -64,7 +64,7 @@ class Dashboard:
 
     @functools.cached_property
     def _settings(self) -> Settings:
-        # Made once a run: Prefect takes a tenth of a second to make settings, which stages would wait for at each block.
+        # Made once a run: Prefect takes a tenth of a second for it, which stages would wait for at each block.
         from prefect.context import get_settings_context
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 

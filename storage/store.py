@@ -57,7 +57,7 @@ class Store:
         self.files: Files = open_files(url)
         self.url = self.files.url
         self.cache = BlobCache.from_environment() if self.files.remote else None
-        # Threads that ask for blobs, and how many one asks for before another pays: a round trip each, or a look at a disk.
+        # Threads that ask for blobs, and how many blobs make one more worth its start.
         self._askers, self._asked_by_one = (32, 1) if self.files.remote else (8, 64)
         self._verified: set[str] = set()
         self._lock = threading.Lock()

@@ -47,8 +47,8 @@ class _Stop(Exception):
 class Skeleton:
     """A `transformers` model whose parameters stay on the meta device; weights are handed in call by call.
 
-    own_linears: whether half precision is multiplied as in `half_precision.py`, on a CPU without instructions for it. If
-    not it is as in models that others load, and slow.
+    own_linears: whether half precision is multiplied as in `half_precision.py`, on a CPU without instructions for it.
+    If not it is as in models that others load, and slow.
     """
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: str, *, own_linears: bool = True) -> None:

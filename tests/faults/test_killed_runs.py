@@ -44,7 +44,7 @@ def test_a_run_that_is_asked_to_stop_is_pre_empted_and_goes_on_later(
     recipe: Path, server: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     store = str(tmp_path / "stopped")
-    # A terminal's Ctrl-C must not end the temporary server; batch systems' SIGTERM comes to runs that have one of theirs.
+    # A terminal's Ctrl-C comes to a run with a temporary server, a batch system's SIGTERM to one that shares another.
     process = start(recipe, store, **({"PREFECT_API_URL": server} if number == signal.SIGTERM else {}))
     wait_for(process, lambda: committed(store, "pruned") >= 3)
     for _ in range(50):  # launchers signal the process, and its group: the second comes while the first is heeded
