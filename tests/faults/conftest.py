@@ -17,6 +17,12 @@ def recipe(tiny_model_folder: Callable[..., str], text_file: str, tmp_path: Path
 
 
 @pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `undisturbed_ids` keeps what all tests compare with."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API address of a Prefect server that all runs of the tests can share."""
     with a_server(str(tmp_path_factory.mktemp("server"))) as (address, _):

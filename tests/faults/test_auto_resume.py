@@ -39,7 +39,7 @@ def mid_stage(up: Up, store: Path, node: str = "pruned", blocks: int = 3) -> psu
 
 
 def test_a_killed_flow_goes_on_from_its_journal_without_a_hand_and_ends_in_the_same_artifacts(
-    up: Up, recipe: Path, tmp_path: Path
+    up: Up, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = up.submit(recipe, "--store", "killed")  # relative: to where it was submitted, not to where it runs
     engine = mid_stage(up, tmp_path / "killed")
@@ -61,7 +61,7 @@ def test_a_killed_flow_goes_on_from_its_journal_without_a_hand_and_ends_in_the_s
     ]
     (record,) = Store(str(tmp_path / "killed")).runs().values()
     assert {stage["name"]: stage["state"] for stage in record["stages"]}["pruned"] == "resumed"
-    assert ids(tmp_path / "killed") == undisturbed_ids(recipe, tmp_path)
+    assert ids(tmp_path / "killed") == undisturbed_ids(recipe, undisturbed)
     assert verify(Store(str(tmp_path / "killed"))) == []
 
 
@@ -89,7 +89,7 @@ def stop_in_good_order(up: Up) -> None:
     assert len(processes) >= 5  # the supervisor, server, worker, flow, and what computes
     up.process.send_signal(signal.SIGTERM)
     assert gone(processes, 30), [process for process in processes if not ended(process)]
-    assert up.process.returncode == 0
+    assert up.process.wait(1) == 0
 
 
 @pytest.mark.long

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from coldpress.storage.inspect import verify
 from coldpress.storage.store import Store
-from runs import BLOCKS, artifacts, committed, finish, kill_all, start, states, wait_for
+from runs import BLOCKS, committed, finish, kill_all, start, states, wait_for
+from up_process import ids, undisturbed_ids
 
 
 def test_killed_runs_go_on_from_their_last_block_and_end_in_the_same_artifacts(
-    recipe: Path, server: str, tmp_path: Path
+    recipe: Path, server: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = str(tmp_path / "killed")
     chance = random.Random(0)
@@ -33,13 +34,10 @@ def test_killed_runs_go_on_from_their_last_block_and_end_in_the_same_artifacts(
     for stage in ("prune/wanda", "quantize/gptq"):
         (action,) = Store(store).actions(stage)
         assert 0 < action.provenance["resumed"]["from_block"] <= BLOCKS
-
-    undisturbed = finish(start(recipe, str(tmp_path / "undisturbed"), PREFECT_API_URL=server))
-    assert set(states(undisturbed).values()) == {"computed"}
-    assert artifacts(after) == artifacts(undisturbed)
+    assert ids(Path(store)) == undisturbed_ids(recipe, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_run_that_is_asked_to_stop_is_pre_empted_and_goes_on_later(
     recipe: Path, server: str, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -149,7 +149,7 @@ def end(up: Up) -> None:
                 process.kill()
 
 
-def ids(store: Path) -> dict[str, str]:
+def ids(store: Path | str) -> dict[str, str]:
     return {name: artifact.id for name, artifact in Store(str(store)).refs().items()}
 
 
@@ -161,14 +161,17 @@ def undisturbed_ids(recipe: Path, folder: Path) -> dict[str, str]:
 
     checked, store = load_recipe(str(recipe)), Store(str(folder / "undisturbed"))
     made: dict[str, Artifact] = {}
-    # In a process like those of a run: on some processors the number of threads changes last digits.
-    worker = Worker("cpu")
+    worker = None
     try:
         for node in checked.nodes:
             inputs = {role: made[name] for role, name in node.inputs.items()}
-            found = lookup(store, node.stage, node.parameters, inputs, "cpu")
-            action = found or worker.compute(store, node.stage, node.parameters, inputs, {}, lambda *_: None)
+            action = lookup(store, node.stage, node.parameters, inputs, "cpu")
+            if action is None:
+                # In a process like those of a run: on some processors the number of threads changes last digits.
+                worker = worker or Worker("cpu")
+                action = worker.compute(store, node.stage, node.parameters, inputs, {}, lambda *_: None)
             made[node.name] = action.artifact
     finally:
-        worker.kill()
+        if worker is not None:
+            worker.kill()
     return {f"{checked.name}/{name}": artifact.id for name, artifact in made.items()}
