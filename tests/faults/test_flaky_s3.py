@@ -22,7 +22,6 @@ def recipe(tiny_model_folder: Callable[..., str], text_file: str, tmp_path: Path
     return path
 
 
-@pytest.mark.long
 def test_a_run_ends_well_though_a_fifth_of_the_requests_fail_or_hang(
     recipe: Path, server: str, tmp_path: Path, proxy: FlakyProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def test_a_stage_that_finds_no_room_says_so_and_goes_on_when_there_is_some(
         patch.setattr("coldpress.storage.files.os", disk)
         assert quantize(new_store()).artifact == undisturbed.artifact
     resumed = 0
-    for at in range(1, disk.writes + 1, max(1, disk.writes // 24)):
+    for at in range(1, disk.writes + 1, max(1, disk.writes // 40)):
         store = new_store()
         with monkeypatch.context() as patch:
             patch.setattr("coldpress.storage.files.os", FullDisk(at))
@@ -76,4 +76,4 @@ def test_a_stage_that_finds_no_room_says_so_and_goes_on_when_there_is_some(
         assert again.artifact == undisturbed.artifact
         assert verify(Store(store.url)) == []
         resumed += "resumed" in again.provenance
-    assert resumed > 6
+    assert resumed > 10

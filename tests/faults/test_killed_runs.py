@@ -37,7 +37,7 @@ def test_killed_runs_go_on_from_their_last_block_and_end_in_the_same_artifacts(
     assert ids(Path(store)) == undisturbed_ids(recipe, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_is_pre_empted_and_goes_on_later(
     recipe: Path, server: str, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -48,7 +48,7 @@ def test_in_half_precision_it_computes_as_the_other_process_does_whatever_the_pr
     assert torch.equal(found, theirs[0].float())
 
 
-@pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_packed_exports_agree_as_far_as_their_kernels_do(
     method: str, import_model: Callable[..., Artifact], run_stage: Callable[..., Artifact],
     export_folder: Callable[..., str], store: Store,

@@ -194,9 +194,7 @@ def test_a_pattern_is_reached_in_the_last_round(
         assert int((tensors[name].reshape(-1, group) != 0).sum(1).max()) <= kept
 
 
-@pytest.mark.parametrize(
-    "saves", [True, pytest.param(False, marks=pytest.mark.long)], ids=["always saved", "never saved"]
-)
+@pytest.mark.parametrize("saves", [True, False], ids=["always saved", "never saved"])
 @pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked to stop"])
 @pytest.mark.parametrize("dies_at", [4, 14, 24, 33])
 def test_losa_goes_on_where_it_ended(
